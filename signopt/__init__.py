@@ -1,0 +1,22 @@
+"""1-bit data-parallel training for JAX: sign-based optimizers and the vote that carries them.
+
+::
+
+   on every worker, different                  | the only traffic |   on every worker, the same
+   gradient > momentum > (+ residual) > sign --+-- majority vote -+--> weight decay > -learning rate > parameters
+              per-worker state                 |  1 bit / param   |    shared state
+"""
+
+from signopt import theory as theory
+from signopt import wire as wire
+from signopt import workers as workers
+from signopt.alias import lion as lion
+from signopt.alias import signsgd as signsgd
+from signopt.alias import signum as signum
+from signopt.means import mean as mean
+from signopt.momentum import scale_by_sign as scale_by_sign
+from signopt.momentum import scale_by_signum as scale_by_signum
+from signopt.vote import majority_vote as majority_vote
+from signopt.vote import MajorityVoteState as MajorityVoteState
+
+__version__ = "0.1.0"

@@ -1,0 +1,183 @@
+"""State that differs between workers, kept so that nothing of it is lost.
+
+What lies left of the vote (momentum, residuals) belongs to one worker. `per_worker` gives such state a leading worker
+axis, so that a checkpoint holds all of it, a mesh shards it, and its type says whose it is.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import PartitionSpec
+import jax.numpy as jnp
+import optax
+
+from signopt import axis
+
+
+class PerWorkerState(NamedTuple):
+    """The states of all workers; inside a step, of one.
+
+    Attributes:
+      per_worker: The state of the wrapped transformation, every leaf with a leading axis of size `num_workers`. Inside
+        a step a worker sees its own part: `(1, *shape)` under `shard_map`, `shape` under `vmap` and `pmap`.
+      worker: 0 ... num_workers - 1, int32; inside a step one of them. Its rank tells which of the two views it is.
+    """
+
+    per_worker: optax.OptState
+    worker: jax.Array
+
+
+def per_worker(
+    tx: optax.GradientTransformation, num_workers: int, *, axis_name: axis.AxisName = None
+) -> optax.GradientTransformationExtraArgs:
+    """Give every worker a state of its own: what belongs left of the vote goes in here.
+
+    `partition_specs` tells where such state lies, `resize` carries it over to another number of workers, and
+    `signopt.workers.simulate` and `on_mesh` hand it out. By hand: `in_specs=partition_specs(state, axis_name)` under
+    `shard_map`, `in_axes=0` for it under `vmap`.
+
+    Args:
+      tx: A transformation without communication, such as `scale_by_signum()`.
+      num_workers: M, the size of the axis that the vote runs over.
+      axis_name: That axis, if its size shall be checked against `num_workers`.
+
+    Returns:
+      A transformation with a `PerWorkerState`.
+
+    Raises:
+      ValueError: If `num_workers` is not positive; in `update`, if it differs from the size of the axis, if the states
+        of several workers arrive at once, or if the updates were reduced over the workers before.
+      TypeError: If `num_workers` is no integer, as inside `optax.inject_hyperparams`.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from signopt.state import per_worker
+      >>> tx = per_worker(optax.trace(0.5), num_workers=2)
+      >>> state = tx.init(jnp.zeros(3))
+      >>> state.per_worker.trace.shape, state.worker.tolist()
+      ((2, 3), [0, 1])
+      >>> grads = jnp.array([[1.0, 1.0, 1.0], [2.0, 2.0, 2.0]])  # a row for each worker
+      >>> updates, state = jax.vmap(tx.update)(grads, state)
+      >>> updates, state = jax.vmap(tx.update)(grads, state)
+      >>> state.per_worker.trace.tolist()
+      [[1.5, 1.5, 1.5], [3.0, 3.0, 3.0]]
+    """
+    tx = optax.with_extra_args_support(tx)
+    if isinstance(num_workers, bool) or not hasattr(num_workers, "__index__") or isinstance(num_workers, jax.Array):
+        raise TypeError(
+            f"`per_worker(num_workers=...)` has to be a Python integer, got {num_workers!r}. Inside "
+            "`optax.inject_hyperparams`, name it in `static_args`."
+        )
+    if num_workers < 1:
+        raise ValueError(f"`per_worker(num_workers=...)` has to be at least 1, got {num_workers}.")
+
+    def init_fn(params):
+        state = tx.init(params)
+        stacked = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_workers, *jnp.shape(x))), state)
+        return PerWorkerState(stacked, jnp.arange(num_workers, dtype=jnp.int32))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        if axis_name is not None:
+            require_size(num_workers, axis_name, "per_worker")
+        axis.require_varying(updates, tuple(axis.varying(state.worker)), "per_worker")
+        if state.worker.ndim == 0:
+            updates, new_state = tx.update(updates, state.per_worker, params, **extra_args)
+            return updates, PerWorkerState(new_state, state.worker)
+        if state.worker.shape != (1,):
+            raise ValueError(
+                "`per_worker(...).update(state=...)` has to be given the state of one worker, got those of "
+                f"{state.worker.shape[0]} at once. Run the step with `signopt.workers.simulate` or `on_mesh`, or split "
+                "the state along the worker axis: `in_specs=signopt.workers.partition_specs(state, axis_name)` under "
+                "`jax.shard_map`, `in_axes=0` under `jax.vmap` and `jax.pmap`."
+            )
+        own = jax.tree.map(lambda x: x[0], state.per_worker)
+        updates, new_state = tx.update(updates, own, params, **extra_args)
+        return updates, PerWorkerState(jax.tree.map(lambda x: x[None], new_state), state.worker)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def require_size(num_workers: int, axis_name: axis.AxisName, caller: str) -> None:
+    """Raise a `ValueError` if `axis_name` does not have `num_workers` workers."""
+    size = axis.size(axis_name, caller)
+    if size != num_workers:
+        raise ValueError(
+            f"`{caller}(num_workers=...)` has to be the size of axis {axis_name!r}, which is {size}, got {num_workers}. "
+            "To go on with a state of another number of workers, use `signopt.workers.resize(state, num_workers)`."
+        )
+
+
+def is_per_worker(path: tuple) -> bool:
+    """Whether the path of a leaf leads into a `PerWorkerState`, also one that flax.nnx has flattened to names."""
+    steps = [getattr(key, "name", getattr(key, "key", None)) for key in path]
+    return any(step in PerWorkerState._fields for step in steps)
+
+
+def partition_specs(state: Any, axis_name: axis.AxisName) -> Any:
+    """Where each leaf of a state lies on a mesh: the `in_specs` and `out_specs` of `jax.shard_map`.
+
+    Args:
+      state: The state of an optimizer, or a whole training state that holds one.
+      axis_name: The axis of the workers.
+
+    Returns:
+      A tree like `state` of `PartitionSpec(axis_name)` inside every `PerWorkerState` and `PartitionSpec()` elsewhere.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from signopt.state import partition_specs, per_worker
+      >>> tx = optax.chain(per_worker(optax.trace(0.9), 8), optax.scale_by_schedule(lambda step: 1.0))
+      >>> momentum, schedule = partition_specs(tx.init(jnp.zeros(3)), "worker")
+      >>> momentum.per_worker.trace == jax.P("worker"), schedule.count == jax.P()
+      (True, True)
+    """
+    own, shared = PartitionSpec(axis_name), PartitionSpec()
+    return jax.tree.map_with_path(lambda path, _: own if is_per_worker(path) else shared, state)
+
+
+def resize(state: Any, num_workers: int) -> Any:
+    """Carry a state over to another number of workers.
+
+    Every new worker starts from the *mean* of the old workers' momentum and residuals, so their mean over workers, which
+    is what the iterates of such methods depend on, is kept. Counters go on from their largest value.
+
+    Args:
+      state: The state of an optimizer, or a training state that holds one, of all workers.
+      num_workers: The new number of workers.
+
+    Returns:
+      The same tree with `num_workers` workers inside every `PerWorkerState`. Nothing else changes.
+
+    Raises:
+      ValueError: If `num_workers` is not positive.
+      TypeError: If a worker's state holds something that has neither a mean nor a largest value, such as a random key.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> from signopt.state import PerWorkerState, resize
+      >>> state = PerWorkerState(jnp.array([[1.0], [3.0]]), jnp.arange(2))
+      >>> resize(state, 3)
+      PerWorkerState(per_worker=Array([[2.],
+             [2.],
+             [2.]], dtype=float32), worker=Array([0, 1, 2], dtype=int32))
+    """
+    if num_workers < 1:
+        raise ValueError(f"`resize(num_workers=...)` has to be at least 1, got {num_workers}.")
+
+    def leaf(path, x):
+        if not is_per_worker(path) or x.shape[0] == num_workers:
+            return x
+        if getattr(path[-1], "name", getattr(path[-1], "key", None)) == "worker":
+            return jnp.arange(num_workers, dtype=x.dtype)
+        if jnp.issubdtype(x.dtype, jnp.inexact):
+            one = jnp.mean(x, axis=0, dtype=jnp.promote_types(x.dtype, jnp.float32)).astype(x.dtype)
+        elif jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == bool:
+            one = jnp.max(x, axis=0)
+        else:
+            raise TypeError(
+                f"`resize(state=...)` can carry over numbers, got {x.dtype} at `state{jax.tree_util.keystr(path)}`. "
+                "Set it anew, for example with `optax.tree.set`."
+            )
+        return jnp.broadcast_to(one, (num_workers, *one.shape))
+
+    return jax.tree.map_with_path(leaf, state)

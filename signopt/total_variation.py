@@ -1,0 +1,130 @@
+"""Exact one-dimensional total-variation denoising, in vector operations only.
+
+Along a chain, the entries of the solution above any level :math:`c` are the minimum cut of a two-label problem whose
+costs are :math:`c - y_i`, so a solution can be found by cutting: give every segment the mean of its data as its level,
+cut it where entries would rather lie on different sides, and repeat until nobody wants to move. Each round costs a few
+scans over the data for all segments at once. Segments whose data lie within a factor of a few of each other are cut
+near their middle, so a million points take about twenty rounds; data that grow geometrically take more, but the range
+of the floats bounds that too.
+
+The textbook algorithms (the taut string, Condat's, Johnson's) are sequential: right for one core, unusable on an
+accelerator, and quadratic under `jax.vmap`, which copies their buffers in every iteration. This one is neither.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def denoise(y: Float[Array, "*rows n"], strength: Float[Array, ""] | float) -> Float[Array, "*rows n"]:
+    r"""Minimize the distance to `y` plus the total variation of every row.
+
+    .. math::
+      \operatorname*{argmin}_x \tfrac12 \|x - y\|_2^2 + \lambda \sum_i |x_{i+1} - x_i|
+
+    Args:
+      y: Rows of data in float32 or float64.
+      strength: :math:`\lambda \ge 0`; may be traced.
+
+    Returns:
+      The minimizer. Within a segment of equal values it is the mean of the data, plus or minus what its two neighbours
+      pull; that is also how it is differentiated, so gradients with respect to `y` and `strength` are exact wherever
+      the segments do not change.
+
+    References:
+      Hochbaum, `An efficient algorithm for image segmentation, Markov random fields and related problems
+      <https://doi.org/10.1145/502090.502093>`_, 2001, for the cut at every level. We cut all segments of a chain at
+      once and find a cut by a scan: the messages of the two-label problem are :math:`D \mapsto \operatorname{clip}(D +
+      a, l, h)`, a family that is closed under composition.
+    """
+    if y.size == 0:
+        return y
+    flat = y.reshape(-1)
+    row_end = (jnp.arange(1, flat.size + 1) % y.shape[-1]) == 0
+    strength = jnp.asarray(strength, y.dtype)
+    is_end, pull = _segments(lax.stop_gradient(flat), lax.stop_gradient(strength), row_end)
+    return _level(flat, strength, is_end, pull).reshape(y.shape)
+
+
+def _segments(y, strength, row_end):
+    """Where segments end, and how many neighbours pull each entry up (at its right or left end), minus those down."""
+
+    def cut(carry):
+        is_end, pull, _ = carry
+        above = _above_level(y, strength, is_end, pull, _level(y, strength, is_end, pull))
+        rise = jnp.diff(above.astype(pull.dtype), append=above[-1:].astype(pull.dtype))
+        rise = jnp.where(is_end, 0, rise)  # +1: the right neighbour lies higher now
+        pull = pull + rise - jnp.roll(rise, 1)
+        return is_end | (rise != 0), pull, jnp.any(rise != 0)
+
+    start = (row_end, jnp.zeros_like(y), jnp.array(True))
+    is_end, pull, _ = lax.while_loop(lambda carry: carry[2], cut, start)
+    return is_end, pull
+
+
+def _level(y, strength, is_end, pull):
+    """For every entry: the best common value of its segment."""
+    first = jnp.roll(is_end, 1).at[0].set(True)
+
+    def add(left, right):
+        return (left[0] | right[0], *(jnp.where(right[0], r, le + r) for le, r in zip(left[1:], right[1:], strict=True)))
+
+    zero = jnp.zeros([], y.dtype)
+    _, total, pulled, count = _scan(add, (first, y, pull, jnp.ones_like(y)), (jnp.array(False), zero, zero, zero))
+    level = (total + strength * pulled) / count
+    return _from_the_right(is_end, level)
+
+
+def _above_level(y, strength, is_end, pull, level):
+    """For every entry: whether it lies above its segment's level in the best two-label solution."""
+    bound = jnp.where(is_end, 0, strength)
+
+    def follow(left, right):
+        return left[0] + right[0], jnp.clip(left[1] + right[0], *right[1:]), jnp.clip(left[2] + right[0], *right[1:])
+
+    cost = (level - y) - strength * pull
+    far = jnp.asarray(jnp.inf, y.dtype)
+    start, low, high = _scan(follow, (cost, -bound, bound), (jnp.zeros_like(far), -far, far))
+    message = jnp.clip(start, low, high)  # what entry i tells i + 1: its cost of lying above, within what a cut costs
+    before = jnp.roll(message, 1).at[0].set(0)
+    wish = before + cost
+    decided = is_end | (jnp.abs(wish) > bound)
+    return _from_the_right(decided, wish < 0)
+
+
+def _from_the_right(known, values):
+    """Every entry's own value where `known`, else that of the next known entry to its right."""
+
+    def take(right, left):
+        return right[0] | left[0], jnp.where(left[0], left[1], right[1])
+
+    return _scan(take, (known, values), (jnp.array(False), jnp.zeros([], values.dtype)), reverse=True)[1]
+
+
+def _scan(op: Callable[[Any, Any], Any], elements: Any, identity: Any, reverse: bool = False, block: int = 128) -> Any:
+    """`lax.associative_scan` in blocks: the same result from a program that stays small however long the input.
+
+    Blocks are reduced side by side, entry by entry; their totals are scanned by the same rule; then every block starts
+    from the total of those before it. Two passes over the data and `2 * block` steps per level.
+    """
+    if reverse:
+        flipped = jax.tree.map(jnp.flip, elements)
+        return jax.tree.map(jnp.flip, _scan(op, flipped, identity, block=block))
+    length = jax.tree.leaves(elements)[0].shape[0]
+    step = lambda carry, element: (op(carry, element),) * 2  # noqa: E731
+    if length <= block:
+        return lax.scan(step, identity, elements)[1]
+
+    num_blocks = -(-length // block)
+    pad = lambda x, fill: jnp.concatenate([x, jnp.full(num_blocks * block - length, fill, x.dtype)])  # noqa: E731
+    columns = jax.tree.map(lambda x, fill: pad(x, fill).reshape(num_blocks, block).T, elements, identity)
+    none_yet = jax.tree.map(lambda fill: jnp.full(num_blocks, fill, fill.dtype), identity)
+    totals = lax.scan(lambda carry, element: (op(carry, element), None), none_yet, columns)[0]
+    upto = _scan(op, totals, identity, block=block)
+    before = jax.tree.map(lambda x, fill: jnp.roll(x, 1).at[0].set(fill), upto, identity)
+    out = lax.scan(step, before, columns)[1]
+    return jax.tree.map(lambda x: x.T.reshape(-1)[:length], out)

@@ -1,0 +1,199 @@
+"""What travels: one buffer for a whole tree, two collectives, and their size in bytes.
+
+The signs of a tree are packed eight to a byte, leaf by leaf, every leaf from a fresh byte on, and the packed leaves are
+joined into one buffer of *planes*: one plane is one bit per parameter. Each worker then serves one chunk of the
+parameters, which is the parameter server of Bernstein et al. (2018), sharded over the workers::
+
+  ballots (planes, n) --all_to_all--> everybody's ballots on my chunk --decide--> my chunk --all_gather--> decisions
+
+Two collectives per step, whatever the number of leaves, and 2 (M-1)/M bits per parameter and plane for each of M
+workers.
+"""
+
+from collections.abc import Callable
+import math
+from typing import Any, Literal, get_args
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, UInt8
+
+from signopt import axis
+from signopt import bits
+
+Wire = Literal["one_bit", "two_bit", "psum"]
+
+PLANES = {"one_bit": 1, "two_bit": 2}
+
+# Leaves below this many entries are joined before they are packed, larger ones after it: a kernel per leaf costs compile
+# time, which thousands of small leaves would feel, and joining costs a copy, which large ones would.
+_SMALL = 2**16
+
+
+def bytes_sent(tree: Any, num_workers: int, wire: str) -> int:
+    """The bytes that each worker sends in one step.
+
+    Args:
+      tree: Parameters or updates; arrays or `jax.ShapeDtypeStruct`.
+      num_workers: M, the number of workers.
+      wire: "one_bit", "two_bit" or "psum", as in `majority_vote`, or "mean" for a `lax.pmean` in the leaves' own dtype.
+
+    Returns:
+      For packed wires the exact size of what this worker passes to the others in the two collectives, padding
+      included; for "psum" and "mean" what a ring all-reduce moves, 2 (M-1)/M of the data.
+
+    Raises:
+      ValueError: If `wire` is unknown, or `num_workers` is not positive.
+
+    Examples:
+      >>> import jax
+      >>> params = {"w": jax.ShapeDtypeStruct((1000, 1000), "float32")}
+      >>> [bytes_sent(params, 8, wire) for wire in ("mean", "psum", "two_bit", "one_bit")]
+      [7000000, 1750000, 437500, 218750]
+
+    References:
+      Table 1 of Bernstein et al., `signSGD <https://arxiv.org/abs/1802.04434>`_, 2018, counts both directions of a
+      star around one server: 64 M d bits for floats, 2 M d for the vote. Sharding the server leaves (M-1)/M of it.
+    """
+    if num_workers < 1:
+        raise ValueError(f"`bytes_sent(num_workers=...)` has to be at least 1, got {num_workers}.")
+    if wire in PLANES:
+        buffer = sum(_num_bytes(leaf) for leaf in jax.tree.leaves(tree))
+        chunk = -(-buffer // num_workers)
+        return 2 * (num_workers - 1) * chunk * PLANES[wire]
+    if wire == "psum":
+        size = sum(math.prod(x.shape) for x in jax.tree.leaves(tree)) * ballot_dtype(num_workers).itemsize
+    elif wire == "mean":
+        size = sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
+    else:
+        check_wire(wire, "bytes_sent(wire=...)", also=("mean",))
+        raise AssertionError
+    return -(-2 * (num_workers - 1) * size // num_workers)
+
+
+def check_wire(wire: str, caller: str, *, also: tuple[str, ...] = ()) -> None:
+    """Raise a `ValueError` that names the choices if `wire` is none of them."""
+    choices = get_args(Wire) + also
+    if wire not in choices:
+        raise ValueError(f"`{caller}` has to be one of {', '.join(map(repr, choices))}, got {wire!r}.")
+
+
+def ballot_dtype(num_workers: int) -> jnp.dtype:
+    """The smallest signed integer that cannot overflow when `num_workers` votes are added."""
+    return next(jnp.dtype(t) for t in ("int8", "int16", "int32") if num_workers <= jnp.iinfo(t).max)
+
+
+def pack(tree: Any, *tests: Callable[[jax.Array], Bool[Array, "..."]]) -> UInt8[Array, "planes n"]:
+    """Pack a tree into one buffer with a plane for each test.
+
+    Args:
+      tree: Arrays.
+      *tests: Elementwise functions from an array to booleans, False at zero.
+
+    Returns:
+      Bytes; zeros where a leaf does not fill its last one.
+    """
+    leaves = jax.tree.leaves(tree)
+    planes = [jnp.zeros((len(tests), 0), jnp.uint8)]
+    for group in _groups(leaves):
+        flat = _join([leaves[i] for i in group])
+        planes.append(jnp.stack([bits.pack(test(flat)) for test in tests]))
+    return jnp.concatenate(planes, axis=-1)
+
+
+def unpack(buffer: UInt8[Array, "planes n"], like: Any) -> Any:
+    """The tree of votes in a buffer: -1 where no plane is set, +1 where all are, 0 where one of two is.
+
+    Args:
+      buffer: One or two planes, laid out as `pack` does.
+      like: The tree that was packed.
+
+    Returns:
+      A tree like `like`, in its shapes and dtypes, of -1, 0 and +1.
+    """
+    leaves, treedef = jax.tree.flatten(like)
+    votes = [jnp.zeros(x.shape, x.dtype) for x in leaves]
+    start = 0
+    for group in _groups(leaves):
+        sizes = [_num_bytes(leaves[i]) for i in group]
+        flat = _votes(lax.slice_in_dim(buffer, start, start + sum(sizes), axis=1)).astype(leaves[group[0]].dtype)
+        start += sum(sizes)
+        if len(group) > 1:
+            flat = lax.optimization_barrier(flat)
+        offset = 0
+        for i, size in zip(group, sizes, strict=True):
+            votes[i] = lax.slice_in_dim(flat, offset, offset + leaves[i].size).reshape(leaves[i].shape)
+            offset += 8 * size
+    return jax.tree.unflatten(treedef, votes)
+
+
+def prefixes(longest: UInt8[Array, " n"], tree: Any) -> UInt8[Array, " m"]:
+    """A buffer that holds for each leaf the beginning of the same sequence of bytes."""
+    leaves = jax.tree.leaves(tree)
+    sizes = [_num_bytes(leaves[i]) for group in _groups(leaves) for i in group]
+    return jnp.concatenate([longest[:size] for size in sizes])
+
+
+def longest_leaf(tree: Any) -> int:
+    """The bytes of the largest packed leaf."""
+    return max(map(_num_bytes, jax.tree.leaves(tree)), default=0)
+
+
+def exchange(
+    ballots: UInt8[Array, "planes n"],
+    decide: Callable[[UInt8[Array, "workers planes chunk"]], UInt8[Array, "planes chunk"]],
+    axis_name: axis.AxisName,
+) -> UInt8[Array, "planes n"]:
+    """Let every coordinate be decided once from everybody's ballots, and tell everybody.
+
+    Args:
+      ballots: This worker's.
+      decide: From the ballots of all workers on some bytes to the decisions there. It must not depend on which bytes.
+      axis_name: The workers: device axes, vmapped ones, or both.
+
+    Returns:
+      The decisions, the same on every worker.
+    """
+    devices, vmapped = axis.devices_and_vmapped(axis_name)
+    everybody_here = axis.stack_vmapped(ballots, vmapped)
+    if not devices:
+        return decide(everybody_here)
+    num_servers = math.prod(lax.axis_size(name) for name in devices)
+    workers_here, planes, num_bytes = everybody_here.shape
+    chunk = -(-num_bytes // num_servers)
+    padded = jnp.pad(everybody_here, ((0, 0), (0, 0), (0, num_servers * chunk - num_bytes)))
+    by_server = padded.reshape(workers_here, planes, num_servers, chunk).transpose(2, 0, 1, 3)
+    on_my_chunk = lax.all_to_all(by_server, devices, split_axis=0, concat_axis=0, tiled=True)
+    decisions = decide(on_my_chunk.reshape(num_servers * workers_here, planes, chunk))
+    return axis.join_devices(decisions, devices)[:, :num_bytes]
+
+
+def _groups(leaves: list) -> list[list[int]]:
+    """Which leaves are packed together, in the order of the buffer: each large one alone, the small ones by dtype."""
+    large, small = [], {}
+    for i, x in enumerate(leaves):
+        if x.size >= _SMALL:
+            large.append([i])
+        elif x.size:
+            small.setdefault(jnp.dtype(x.dtype), []).append(i)
+    return large + list(small.values())
+
+
+def _join(group: list) -> jax.Array:
+    """The leaves of a group in one array, each from a multiple of eight on."""
+    if len(group) == 1:
+        return group[0].ravel()
+    parts = []
+    for x in group:
+        parts += [x.ravel(), jnp.zeros(8 * _num_bytes(x) - x.size, x.dtype)]
+    return lax.optimization_barrier(jnp.concatenate(parts))
+
+
+def _num_bytes(x: Any) -> int:
+    return -(-math.prod(x.shape) // 8)
+
+
+def _votes(planes: UInt8[Array, "planes n"]) -> jax.Array:
+    ones = bits.unpack(planes).astype(jnp.int8)
+    return ones[0] + ones[-1] - 1

@@ -1,0 +1,309 @@
+"""Running a step: one function, written for one worker, on one device or on many.
+
+A step takes `(state, batch)` and returns `(state, metrics)`. `simulate` runs it for all workers on one device,
+`on_mesh` on a device each; the same gradients give the same updates on both, bit for bit.
+"""
+
+from collections.abc import Callable
+import functools
+import math
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+import jax.numpy as jnp
+
+from signopt import axis
+from signopt.state import is_per_worker
+from signopt.state import partition_specs as partition_specs
+from signopt.state import per_worker as per_worker
+from signopt.state import PerWorkerState as PerWorkerState
+from signopt.state import resize as resize
+
+Step = Callable[[Any, Any], tuple[Any, Any]]
+
+
+def value_and_grad(
+    fun: Callable, argnums: int | tuple[int, ...] = 0, *, axis_name: axis.AxisName, has_aux: bool = False
+) -> Callable:
+    """`jax.value_and_grad` whose gradient is this worker's own, whatever runs the workers.
+
+    Under `shard_map(check_vma=True)` plain `jax.grad` of replicated parameters returns the gradient summed over workers.
+
+    Args:
+      fun: A scalar function of this worker's data.
+      argnums: Which arguments to differentiate, as in `jax.value_and_grad`.
+      axis_name: The workers, as in `majority_vote`.
+      has_aux: Whether `fun` returns `(value, aux)`.
+
+    Returns:
+      A function of the same arguments that returns `(value, gradient)`.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, signopt
+      >>> loss = lambda w, x: w * x
+      >>> grad = signopt.workers.value_and_grad(loss, axis_name="worker")
+      >>> jax.vmap(grad, in_axes=(None, 0), axis_name="worker")(2.0, jnp.array([1.0, 3.0]))[1].tolist()
+      [1.0, 3.0]
+    """
+    value_and_grad_fn = jax.value_and_grad(fun, argnums, has_aux=has_aux)
+    differentiated = {argnums} if isinstance(argnums, int) else set(argnums)
+
+    @functools.wraps(fun)
+    def wrapped(*args, **kwargs):
+        axis.size(axis_name, "value_and_grad")
+        own = [axis.to_varying(x, axis_name) if i in differentiated else x for i, x in enumerate(args)]
+        return value_and_grad_fn(*own, **kwargs)
+
+    return wrapped
+
+
+def split_batch(batch: Any, num_workers: int) -> Any:
+    """Deal a batch out: `(B, ...)` to `(num_workers, B / num_workers, ...)` for every leaf.
+
+    Raises:
+      ValueError: If a leaf has no leading axis, or one that `num_workers` does not divide.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from signopt.workers import split_batch
+      >>> split_batch(jnp.arange(6), 3).tolist()
+      [[0, 1], [2, 3], [4, 5]]
+    """
+    _check_batch(batch, num_workers, "split_batch")
+    return jax.tree.map(lambda x: x.reshape(num_workers, x.shape[0] // num_workers, *x.shape[1:]), batch)
+
+
+def simulate(
+    step: Step,
+    num_workers: int | tuple[int, ...],
+    *,
+    axis_name: axis.AxisName,
+    state_axis_name: axis.AxisName = None,
+) -> Step:
+    """Run a step for all workers on one device.
+
+    Args:
+      step: `(state, batch) -> (state, metrics)` for one worker, which votes over `axis_name`.
+      num_workers: The size of the axis; a tuple for nested axes.
+      axis_name: Its name; a tuple of as many.
+      state_axis_name: The axes of per-worker state, if not all of them: the vote's axis alone, when an inner axis
+        averages.
+
+    Returns:
+      A jitted function from the state of all workers and the whole batch to the new state and the metrics of all
+      workers, stacked along a leading axis. State inside a `PerWorkerState` belongs to one worker each; all other state
+      is shared.
+
+    Raises:
+      ValueError: When called, if the batch cannot be split, or shared state would differ between workers.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, signopt
+      >>> tx = signopt.signum(0.1, axis_name="worker", num_workers=4)
+      >>> def step(state, batch):
+      ...     params, opt_state = state
+      ...     loss, grads = signopt.workers.value_and_grad(
+      ...         lambda w: jnp.mean((batch - w) ** 2), axis_name="worker")(params)
+      ...     updates, opt_state = tx.update(grads, opt_state, params)
+      ...     return (optax.apply_updates(params, updates), opt_state), loss
+      >>> run = signopt.workers.simulate(step, 4, axis_name="worker")
+      >>> params = jnp.float32(0.0)
+      >>> (params, _), losses = run((params, tx.init(params)), jnp.arange(8.0))
+      >>> round(float(params), 6), losses.tolist()
+      (0.1, [0.5, 6.5, 20.5, 42.5])
+    """
+    names = axis.names(axis_name)
+    sizes = num_workers if isinstance(num_workers, tuple) else (num_workers,)
+    if len(names) != len(sizes) or not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise ValueError(
+            f"`simulate(num_workers=...)` has to be a positive integer for each name in axis_name={axis_name!r}, got "
+            f"{num_workers!r}."
+        )
+    of_state = names if state_axis_name is None else axis.names(state_axis_name)
+    if [name for name in names if name in of_state] != list(of_state):
+        raise ValueError(
+            f"`simulate(state_axis_name=...)` has to be names of axis_name={axis_name!r}, in their order, got "
+            f"{state_axis_name!r}."
+        )
+    own_sizes = tuple(size for name, size in zip(names, sizes, strict=True) if name in of_state)
+
+    workers, own_workers = math.prod(sizes), math.prod(own_sizes)
+
+    @jax.jit
+    def run(state, batch):
+        flat, treedef = jax.tree.flatten_with_path(state)
+        own = [is_per_worker(path) for path, _ in flat]
+        _check_num_workers(flat, own_workers, "simulate")
+        _check_batch(batch, workers, "simulate")
+
+        def one_worker(leaves, batch):
+            new_state, metrics = step(jax.tree.unflatten(treedef, leaves), batch)
+            return _leaves_like(treedef, new_state, "simulate"), metrics
+
+        def all_workers(may_differ):
+            mapped = one_worker
+            for name in reversed(names):
+                in_axes = [0 if mine and name in of_state else None for mine in own]
+                out_axes = [0 if may else a for a, may in zip(in_axes, may_differ, strict=True)]
+                mapped = jax.vmap(mapped, in_axes=(in_axes, 0), out_axes=(out_axes, 0), axis_name=name)
+            return mapped
+
+        leaves = [_unfold(x, own_sizes) if mine else x for (_, x), mine in zip(flat, own, strict=True)]
+        batch = jax.tree.map(lambda x: _unfold(x, (*sizes, x.shape[0] // workers)), batch)
+        nobody = [False] * len(flat)
+        try:
+            leaves, metrics = all_workers(nobody)(leaves, batch)
+        except ValueError as error:
+            if "out_axes is None" not in str(error):
+                raise
+            for i, (path, _) in enumerate(flat):  # JAX does not say which one differs: try them one by one
+                try:
+                    all_but_one = [j != i for j in range(len(flat))]
+                    jax.eval_shape(all_workers(all_but_one), leaves, batch)
+                except ValueError:
+                    raise _differs(path, "simulate") from error
+            raise
+        leaves = [_fold(x, len(own_sizes)) if mine else x for x, mine in zip(leaves, own, strict=True)]
+        return jax.tree.unflatten(treedef, leaves), jax.tree.map(lambda x: _fold(x, len(sizes)), metrics)
+
+    return run
+
+
+def on_mesh(
+    step: Step,
+    mesh: jax.sharding.Mesh,
+    *,
+    axis_name: axis.AxisName,
+    state_axis_name: axis.AxisName = None,
+    check_vma: bool = True,
+    donate: bool = False,
+) -> Step:
+    """Run a step with one worker on each device of a mesh, on one host or many.
+
+    Args:
+      step: `(state, batch) -> (state, metrics)` for one worker, which votes over `axis_name`.
+      mesh: Devices; `jax.make_mesh((8,), ("worker",), axis_types=(jax.sharding.AxisType.Auto,))` for eight. Axes of it that
+        are not in `axis_name` stay automatic.
+      axis_name: The axis of the workers, or a tuple of axes.
+      state_axis_name: The axes of per-worker state, if not all of them: the vote's axis alone, when an inner axis
+        averages.
+      check_vma: Let JAX track which values differ between workers, which catches gradients that were reduced before the
+        vote and shared state that is not the same everywhere.
+      donate: Let the new state take the memory of the old one, which cannot be used afterwards.
+
+    Returns:
+      A jitted function from the state of all workers and the whole batch to the new state and the metrics of all
+      workers, stacked along a leading axis. Arguments that are not on the mesh are put there first: batches and
+      state inside a `PerWorkerState` split over the workers, all other state on every device.
+
+    Raises:
+      ValueError: If the mesh has no such axis; when called, if the batch cannot be split, or shared state would differ
+        between workers.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, signopt
+      >>> tx = signopt.signsgd(0.1, axis_name="worker")
+      >>> def step(params, batch):
+      ...     loss, grads = signopt.workers.value_and_grad(
+      ...         lambda w: jnp.mean((batch - w) ** 2), axis_name="worker")(params)
+      ...     updates, _ = tx.update(grads, tx.init(params), params)
+      ...     return optax.apply_updates(params, updates), loss
+      >>> mesh = jax.make_mesh((1,), ("worker",), axis_types=(jax.sharding.AxisType.Auto,))
+      >>> run = signopt.workers.on_mesh(step, mesh, axis_name="worker")
+      >>> params, losses = run(jnp.float32(0.0), jnp.arange(2.0))
+      >>> round(float(params), 6), losses.tolist()
+      (0.1, [0.5])
+    """
+    names = axis.names(axis_name)
+    of_state = names if state_axis_name is None else axis.names(state_axis_name)
+    for caller, group in (("axis_name", names), ("state_axis_name", of_state)):
+        if not group or not set(group) <= set(mesh.axis_names):
+            raise ValueError(
+                f"`on_mesh({caller}=...)` has to name axes of the mesh, which has {mesh.axis_names}, got {group!r}."
+            )
+    workers = math.prod(mesh.shape[name] for name in names)
+    own_workers = math.prod(mesh.shape[name] for name in of_state)
+    of_batch = PartitionSpec(names)
+
+    def body(state, batch):
+        new_state, metrics = step(state, batch)
+        _leaves_like(jax.tree.structure(state), new_state, "on_mesh")
+        for path, x in jax.tree.leaves_with_path(new_state):
+            allowed = set(of_state) if is_per_worker(path) else set()
+            if (axis.varying(x) & set(names)) - allowed:
+                raise _differs(path, "on_mesh")
+        return new_state, jax.tree.map(lambda x: jnp.asarray(x)[None], metrics)
+
+    def all_workers(state, batch):
+        specs = partition_specs(state, of_state)
+        mapped = jax.shard_map(
+            body,
+            mesh=mesh,
+            in_specs=(specs, of_batch),
+            out_specs=(specs, of_batch),
+            axis_names=set(names),
+            check_vma=check_vma,
+        )
+        return mapped(state, batch)
+
+    compiled = jax.jit(all_workers, donate_argnums=(0,) if donate else ())
+
+    def put(x, spec):
+        sharding = getattr(jax.typeof(x) if isinstance(x, jax.core.Tracer) else x, "sharding", None)
+        on_this_mesh = isinstance(sharding, NamedSharding) and sharding.mesh.axis_names == mesh.axis_names
+        return x if on_this_mesh else jax.device_put(x, NamedSharding(mesh, spec))
+
+    @functools.wraps(step)
+    def run(state, batch):
+        _check_num_workers(jax.tree.leaves_with_path(state), own_workers, "on_mesh")
+        _check_batch(batch, workers, "on_mesh")
+        state = jax.tree.map(put, state, partition_specs(state, of_state))
+        return compiled(state, jax.tree.map(lambda x: put(x, of_batch), batch))
+
+    return run
+
+
+def _unfold(x, sizes):
+    return x.reshape(*sizes, *x.shape[1:])
+
+
+def _fold(x, num_axes):
+    return x.reshape(math.prod(x.shape[:num_axes]), *x.shape[num_axes:])
+
+
+def _leaves_like(treedef, new_state, caller):
+    leaves, new_treedef = jax.tree.flatten(new_state)
+    if new_treedef != treedef:
+        raise ValueError(
+            f"`{caller}(step)` has to return a state of the structure that it is given, {treedef}, got {new_treedef}."
+        )
+    return leaves
+
+
+def _check_batch(batch, num_workers, caller):
+    for path, x in jax.tree.leaves_with_path(batch):
+        if jnp.ndim(x) == 0 or x.shape[0] % num_workers:
+            raise ValueError(
+                f"`{caller}(...)` has to be given batches whose leading axis {num_workers} workers can share equally, got "
+                f"shape {jnp.shape(x)} at `batch{jax.tree_util.keystr(path)}`. Drop or pad the last examples, or put what "
+                "is no data into the state."
+            )
+
+
+def _check_num_workers(flat, num_workers, caller):
+    for path, x in flat:
+        if is_per_worker(path) and (jnp.ndim(x) == 0 or x.shape[0] != num_workers):
+            raise ValueError(
+                f"`{caller}(...)` has to be given the state of all {num_workers} workers, got shape {jnp.shape(x)} at "
+                f"`state{jax.tree_util.keystr(path)}`. Make it with `num_workers={num_workers}`, or carry it over with "
+                f"`signopt.workers.resize(state, {num_workers})`."
+            )
+
+
+def _differs(path, caller):
+    return ValueError(
+        f"`{caller}(step)` has to return shared state that is the same on every worker, got a different one on each at "
+        f"`state{jax.tree_util.keystr(path)}`. Vote or average before what changes it (statistics: `jax.lax.pmean`), or "
+        "keep it per worker: `num_workers=...` in a ready optimizer, `signopt.workers.per_worker` in a chain of your own."
+    )
