@@ -16,7 +16,7 @@ from signopt.alias import signum as signum
 from signopt.means import mean as mean
 from signopt.momentum import scale_by_sign as scale_by_sign
 from signopt.momentum import scale_by_signum as scale_by_signum
-from signopt.vote import majority_vote as majority_vote
 from signopt.vote import MajorityVoteState as MajorityVoteState
+from signopt.vote import majority_vote as majority_vote
 
 __version__ = "0.1.0"

@@ -7,7 +7,8 @@ import optax
 
 from signopt import axis
 from signopt import state
-from signopt.momentum import finite_only, scale_by_signum
+from signopt.momentum import finite_only
+from signopt.momentum import scale_by_signum
 from signopt.vote import majority_vote
 from signopt.wire import Wire
 
@@ -56,9 +57,9 @@ def signsgd(
             _decayed(optax.scale_by_sign(), weight_decay, mask),
             optax.scale_by_learning_rate(learning_rate),
         )
-    counter = () if num_workers is None else (_on_each_worker(optax.identity(), axis_name, num_workers),)
+    counter = finite_only(optax.identity(), caller="signsgd")
     return optax.chain(
-        *counter,
+        optax.identity() if num_workers is None else _on_each_worker(counter, axis_name, num_workers),
         majority_vote(axis_name, wire=wire),
         _decayed(optax.identity(), weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
@@ -178,7 +179,7 @@ def lion(
     if axis_name is None:
         _require_axis(num_workers, "lion")
         return optax.lion(learning_rate, b1, b2, mu_dtype, weight_decay, mask)
-    momentum = finite_only(optax.scale_by_lion(b1, b2, mu_dtype))
+    momentum = finite_only(optax.scale_by_lion(b1, b2, mu_dtype), caller="lion")
     return optax.chain(
         _on_each_worker(momentum, axis_name, num_workers),
         majority_vote(axis_name, wire=wire),

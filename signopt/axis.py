@@ -39,10 +39,22 @@ def index(axis_name: AxisName) -> jax.Array:
 
 
 def devices_and_vmapped(axis_name: AxisName) -> tuple[tuple[Hashable, ...], tuple[Hashable, ...]]:
-    """The device axes and the vmapped axes of `axis_name`, each in order."""
+    """The device axes and the vmapped axes of `axis_name`, each in order.
+
+    Raises:
+      ValueError: If an axis is vmapped inside `shard_map(check_vma=True)`, where no collective of JAX can use it: its
+        name cannot appear in types.
+    """
     manual = jax.sharding.get_abstract_mesh().manual_axes
     devices = tuple(name for name in names(axis_name) if name in manual)
-    return devices, tuple(name for name in names(axis_name) if name not in manual)
+    vmapped = tuple(name for name in names(axis_name) if name not in manual)
+    if vmapped and any(map(_is_tracked, manual)):
+        raise ValueError(
+            f"`axis_name={axis_name!r}` has to be axes of devices under `shard_map(check_vma=True)`, got {vmapped!r}, "
+            "which `jax.vmap` bound: JAX has no collectives over it there. Pass `check_vma=False` to `jax.shard_map` or "
+            "`signopt.workers.on_mesh`."
+        )
+    return devices, vmapped
 
 
 def total(tree: Any, axis_name: AxisName) -> Any:

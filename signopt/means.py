@@ -1,6 +1,5 @@
 """The mean over workers: the other border that a chain can have."""
 
-import jax
 from jax import lax
 import optax
 

@@ -101,7 +101,6 @@ def scale_by_signum(
     never_warms_up = not isinstance(warmup_steps, jax.Array) and warmup_steps == 0
 
     def update_fn(updates, state, params=None):
-        sign.require_floating(updates, "scale_by_signum")
         voted, new_state = ema.update(updates, state, params)
         if nesterov:
             voted = optax.tree.update_moment(updates, voted, beta, 1)
@@ -109,7 +108,7 @@ def scale_by_signum(
             voted = jax.tree.map(lambda g, m: jnp.where(state.count < warmup_steps, g, m), updates, voted)
         return jax.tree.map(lambda g, m: sign.sign(m).astype(g.dtype), updates, voted), new_state
 
-    return finite_only(optax.GradientTransformation(ema.init, update_fn))
+    return finite_only(optax.GradientTransformation(ema.init, update_fn), caller="scale_by_signum")
 
 
 class FiniteOnlyState(NamedTuple):
@@ -125,7 +124,9 @@ class FiniteOnlyState(NamedTuple):
     total_notfinite: jax.Array
 
 
-def finite_only(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+def finite_only(
+    inner: optax.GradientTransformation, *, caller: str = "finite_only"
+) -> optax.GradientTransformationExtraArgs:
     """Keep NaN and inf out of `inner`: such an entry counts as 0 before `inner` sees it.
 
     Unlike `optax.apply_if_finite`, which skips the step of a whole tree and may not be wrapped around a vote, this acts
@@ -134,9 +135,13 @@ def finite_only(inner: optax.GradientTransformation) -> optax.GradientTransforma
 
     Args:
       inner: A transformation without communication.
+      caller: The call to name in an error.
 
     Returns:
       A transformation with a `FiniteOnlyState`.
+
+    Raises:
+      TypeError: In `update`, if a leaf is not of a floating-point dtype.
     """
     inner = optax.with_extra_args_support(inner)
 
@@ -144,6 +149,7 @@ def finite_only(inner: optax.GradientTransformation) -> optax.GradientTransforma
         return FiniteOnlyState(inner.init(params), jnp.zeros([], jnp.int32))
 
     def update_fn(updates, state, params=None, **extra_args):
+        sign.require_floating(updates, caller)
         finite = jax.tree.map(jnp.isfinite, updates)
         updates = jax.tree.map(lambda ok, x: jnp.where(ok, x, 0), finite, updates)
         updates, new_inner = inner.update(updates, state.inner_state, params, **extra_args)

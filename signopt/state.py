@@ -7,8 +7,8 @@ axis, so that a checkpoint holds all of it, a mesh shards it, and its type says 
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import PartitionSpec
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 import optax
 
 from signopt import axis
@@ -107,10 +107,27 @@ def require_size(num_workers: int, axis_name: axis.AxisName, caller: str) -> Non
         )
 
 
-def is_per_worker(path: tuple) -> bool:
-    """Whether the path of a leaf leads into a `PerWorkerState`, also one that flax.nnx has flattened to names."""
-    steps = [getattr(key, "name", getattr(key, "key", None)) for key in path]
-    return any(step in PerWorkerState._fields for step in steps)
+def owners(state: Any) -> Any:
+    """Whose each leaf of a state is.
+
+    Args:
+      state: Any tree; a `PerWorkerState` in it may also have been flattened to names, as flax.nnx does.
+
+    Returns:
+      A tree like `state` of strings: "worker" for the number of a worker, "per_worker" for what else is its own, and
+      "shared".
+    """
+    names = PerWorkerState._fields
+    nodes = jax.tree.leaves_with_path(state, is_leaf=lambda x: isinstance(x, PerWorkerState))
+    places = {path for path, node in nodes if isinstance(node, PerWorkerState)}
+    seen = {(path[:i], _name(key)) for path, _ in nodes for i, key in enumerate(path)}
+    places |= {place for place, _ in seen if all((place, name) in seen for name in names)}
+
+    def owner(path, _):
+        inside = (_name(key) for i, key in enumerate(path) if path[:i] in places and _name(key) in names)
+        return next(inside, "shared")
+
+    return jax.tree.map_with_path(owner, state)
 
 
 def partition_specs(state: Any, axis_name: axis.AxisName) -> Any:
@@ -132,7 +149,7 @@ def partition_specs(state: Any, axis_name: axis.AxisName) -> Any:
       (True, True)
     """
     own, shared = PartitionSpec(axis_name), PartitionSpec()
-    return jax.tree.map_with_path(lambda path, _: own if is_per_worker(path) else shared, state)
+    return jax.tree.map(lambda owner: shared if owner == "shared" else own, owners(state))
 
 
 def resize(state: Any, num_workers: int) -> Any:
@@ -164,10 +181,10 @@ def resize(state: Any, num_workers: int) -> Any:
     if num_workers < 1:
         raise ValueError(f"`resize(num_workers=...)` has to be at least 1, got {num_workers}.")
 
-    def leaf(path, x):
-        if not is_per_worker(path) or x.shape[0] == num_workers:
+    def leaf(path, owner, x):
+        if owner == "shared" or x.shape[0] == num_workers:
             return x
-        if getattr(path[-1], "name", getattr(path[-1], "key", None)) == "worker":
+        if owner == "worker":
             return jnp.arange(num_workers, dtype=x.dtype)
         if jnp.issubdtype(x.dtype, jnp.inexact):
             one = jnp.mean(x, axis=0, dtype=jnp.promote_types(x.dtype, jnp.float32)).astype(x.dtype)
@@ -180,4 +197,8 @@ def resize(state: Any, num_workers: int) -> Any:
             )
         return jnp.broadcast_to(one, (num_workers, *one.shape))
 
-    return jax.tree.map_with_path(leaf, state)
+    return jax.tree.map_with_path(leaf, owners(state), state)
+
+
+def _name(key):
+    return getattr(key, "name", getattr(key, "key", None))

@@ -30,7 +30,5 @@ def warmup_steps(beta: float) -> int:
     if not 0 <= beta < 1:
         raise ValueError(f"`warmup_steps(beta)` has to be in [0, 1), got {beta}.")
     return next(
-        c
-        for c in itertools.count(1)
-        if c / 2 * beta**c <= 1 / ((1 - beta**2) * (c + 1)) and beta ** (c + 1) <= 0.5
+        c for c in itertools.count(1) if c / 2 * beta**c <= 1 / ((1 - beta**2) * (c + 1)) and beta ** (c + 1) <= 0.5
     )

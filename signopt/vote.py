@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 from jax import lax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Int, UInt8
+from jaxtyping import Array, Int, UInt8
 import optax
 
 from signopt import axis

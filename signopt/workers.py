@@ -10,14 +10,16 @@ import math
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.core import Tracer
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
 
 from signopt import axis
-from signopt.state import is_per_worker
+from signopt.state import PerWorkerState as PerWorkerState
+from signopt.state import owners
 from signopt.state import partition_specs as partition_specs
 from signopt.state import per_worker as per_worker
-from signopt.state import PerWorkerState as PerWorkerState
 from signopt.state import resize as resize
 
 Step = Callable[[Any, Any], tuple[Any, Any]]
@@ -133,8 +135,8 @@ def simulate(
     @jax.jit
     def run(state, batch):
         flat, treedef = jax.tree.flatten_with_path(state)
-        own = [is_per_worker(path) for path, _ in flat]
-        _check_num_workers(flat, own_workers, "simulate")
+        own = [owner != "shared" for owner in jax.tree.leaves(owners(state))]
+        _check_num_workers(state, own_workers, "simulate")
         _check_batch(batch, workers, "simulate")
 
         def one_worker(leaves, batch):
@@ -228,9 +230,9 @@ def on_mesh(
 
     def body(state, batch):
         new_state, metrics = step(state, batch)
-        _leaves_like(jax.tree.structure(state), new_state, "on_mesh")
-        for path, x in jax.tree.leaves_with_path(new_state):
-            allowed = set(of_state) if is_per_worker(path) else set()
+        leaves = _leaves_like(jax.tree.structure(state), new_state, "on_mesh")
+        for (path, owner), x in zip(jax.tree.leaves_with_path(owners(state)), leaves, strict=True):
+            allowed = set() if owner == "shared" else set(of_state)
             if (axis.varying(x) & set(names)) - allowed:
                 raise _differs(path, "on_mesh")
         return new_state, jax.tree.map(lambda x: jnp.asarray(x)[None], metrics)
@@ -249,14 +251,17 @@ def on_mesh(
 
     compiled = jax.jit(all_workers, donate_argnums=(0,) if donate else ())
 
+    explicit = jax.sharding.AxisType.Explicit in mesh.axis_types
+
     def put(x, spec):
-        sharding = getattr(jax.typeof(x) if isinstance(x, jax.core.Tracer) else x, "sharding", None)
-        on_this_mesh = isinstance(sharding, NamedSharding) and sharding.mesh.axis_names == mesh.axis_names
-        return x if on_this_mesh else jax.device_put(x, NamedSharding(mesh, spec))
+        if isinstance(x, Tracer):  # inside jit the compiler lays out what types do not
+            return jax.device_put(x, NamedSharding(mesh, spec)) if explicit else x
+        at = getattr(x, "sharding", None)
+        return x if isinstance(at, NamedSharding) and at.mesh == mesh else jax.device_put(x, NamedSharding(mesh, spec))
 
     @functools.wraps(step)
     def run(state, batch):
-        _check_num_workers(jax.tree.leaves_with_path(state), own_workers, "on_mesh")
+        _check_num_workers(state, own_workers, "on_mesh")
         _check_batch(batch, workers, "on_mesh")
         state = jax.tree.map(put, state, partition_specs(state, of_state))
         return compiled(state, jax.tree.map(lambda x: put(x, of_batch), batch))
@@ -291,9 +296,9 @@ def _check_batch(batch, num_workers, caller):
             )
 
 
-def _check_num_workers(flat, num_workers, caller):
-    for path, x in flat:
-        if is_per_worker(path) and (jnp.ndim(x) == 0 or x.shape[0] != num_workers):
+def _check_num_workers(state, num_workers, caller):
+    for (path, x), owner in zip(jax.tree.leaves_with_path(state), jax.tree.leaves(owners(state)), strict=True):
+        if owner != "shared" and (jnp.ndim(x) == 0 or x.shape[0] != num_workers):
             raise ValueError(
                 f"`{caller}(...)` has to be given the state of all {num_workers} workers, got shape {jnp.shape(x)} at "
                 f"`state{jax.tree_util.keystr(path)}`. Make it with `num_workers={num_workers}`, or carry it over with "

@@ -1,0 +1,318 @@
+r"""Proximal steps whose updates are signs: SignProx, and a proximal step as the last link of any chain.
+
+To minimize :math:`f(x) + r(x)`, SignProx steps along the signs of the prox-gradient mapping,
+
+.. math::
+  x_{t+1} = x_t - \delta_t \operatorname{sign}\big(x_t - \operatorname{prox}_{\tau r}(x_t - \tau g_t)\big),
+
+one bit for each entry. That is not the proximal operator after a sign step,
+:math:`\operatorname{prox}_{\delta r}(x_t - \delta_t \operatorname{sign}(g_t))`: the mapping is zero exactly where
+:math:`f + r` is stationary, while a sign step has a fixed length that no penalty weaker than it can balance.
+`scale_by_prox_gradient` is the first and solves the problem that is written down; `prox_step` after a sign is the
+second and does what decoupled weight decay does: useful, but with fixed points of its own.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from signopt import axis
+from signopt import sign
+from signopt import state as states
+from signopt.momentum import finite_only
+from signopt.momentum import scale_by_sign
+from signopt.penalty import as_prox
+from signopt.penalty import positive
+from signopt.penalty import Prox
+from signopt.penalty import widen
+from signopt.sampled import SampledProx
+from signopt.vote import majority_vote
+from signopt.wire import Wire
+
+_SMALLEST_STEP = 1e-30  # what a schedule that ends at zero is taken for
+
+
+class ScaleByProxGradientState(NamedTuple):
+    """How many mappings were computed.
+
+    Attributes:
+      count: int32 scalar: the step that schedules and random draws are at. The same on every worker.
+    """
+
+    count: jax.Array
+
+
+def scale_by_prox_gradient(
+    prox: Prox | SampledProx,
+    step_size: optax.ScalarOrSchedule | None = None,
+    *,
+    reach: optax.ScalarOrSchedule | None = None,
+    axis_name: axis.AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Replace a gradient by the prox-gradient mapping, which is zero exactly where loss plus penalty is stationary.
+
+    .. math::
+      G_\tau(x) = \frac{x - \operatorname{prox}_{\tau r}(x - \tau g)}{\tau}
+                = g + \frac{y - \operatorname{prox}_{\tau r}(y)}{\tau}, \qquad y = x - \tau g.
+
+    Computed in the second form, in float32 at least, from the residual that the operator itself gives: in the first form
+    x cancels, and with it the gradient's last bits or all of them. Where the operator returns exactly zero, :math:`x /
+    \tau` has the fewest rounding errors and is taken instead, so that an entry that rests on zero abstains.
+
+    Args:
+      prox: A penalty of `signopt.prox`, or a function `prox(x, step_size) -> x`. A `sampled` one is drawn anew in every
+        step. Under `optax.inject_hyperparams`, name it in `static_args`.
+      step_size: :math:`\tau > 0`, a number or a schedule. Its unit is that of parameters squared over that of the loss.
+        For a sum of convex functions of single entries the sign of the mapping does not depend on it.
+      reach: Given instead of a step size, the length :math:`\delta` in the units of parameters that a plain step
+        :math:`\tau g` shall have, in root mean square over all entries: :math:`\tau = \delta / \operatorname{rms}(g)`.
+      axis_name: The workers, if each shall draw for itself from a `sampled` penalty.
+
+    Returns:
+      A transformation that needs `params` in `update`. Updates come back in their own dtypes; an entry that was not
+      finite is not finite then, and casts no vote.
+
+    Raises:
+      ValueError: If not exactly one of `step_size` and `reach` is given, or it is not positive; in `update`, if `params`
+        is missing or `prox` changes a shape.
+      TypeError: If `prox` is no function; in `update`, if a leaf is not of a floating-point dtype or `prox` changes one.
+
+    Examples:
+      >>> import jax.numpy as jnp, signopt
+      >>> tx = signopt.scale_by_prox_gradient(signopt.prox.l1(0.5), 1.0)
+      >>> params, grads = jnp.array([2.0, 0.0, 0.0]), jnp.array([0.25, 0.25, -1.0])
+      >>> tx.update(grads, tx.init(params), params)[0].tolist()
+      [0.75, 0.0, -0.5]
+
+    References:
+      Xu and Kamilov, *SignProx: One-bit proximal algorithm for nonconvex stochastic optimization*, ICASSP 2019. They
+      write the first form.
+    """
+    caller = "scale_by_prox_gradient"
+    prox = as_prox(prox, caller)
+    if (step_size is None) == (reach is None):
+        raise ValueError(
+            f"`{caller}(step_size=...)` has to be given, or `reach` instead, got step_size={step_size} and reach={reach}. "
+            "If in doubt, pass the learning rate as `reach`."
+        )
+    name, length = ("step_size", step_size) if reach is None else ("reach", reach)
+    if not callable(length):
+        positive(caller, name, length)
+
+    def init_fn(params):
+        del params
+        return ScaleByProxGradientState(jnp.zeros([], jnp.int32))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del extra_args
+        params = _require_params(params, caller)
+        sign.require_floating(updates, caller)
+        tau = jnp.maximum(length(state.count) if callable(length) else length, _SMALLEST_STEP)
+        grads = jax.tree.map(widen, updates)
+        if not prox.separable:  # a number that is not finite shall cost its own vote only
+            grads = jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, 0), grads)
+        if reach is not None:
+            tau = tau / _rms(grads)
+        per_tau = 1 / tau
+        drawn = prox.draw(state.count, axis.index(axis_name)) if isinstance(prox, SampledProx) else prox
+        arrived = jax.tree.map(lambda x, g: widen(x) - tau * g, params, grads)
+        landed, removed = drawn(arrived, tau), drawn.residual(arrived, tau)
+
+        def mapping(raw, g, x, y, p, residual):
+            x = widen(x)
+            out = g + residual * per_tau
+            if drawn.own_residual is None:  # the difference of y and p is rounding error if p is where x was
+                out = jnp.where((p == x) & (y != x), 0, out)
+            out = jnp.where(p == 0, x * per_tau, out)
+            if not prox.separable:
+                residual = jnp.where(jnp.isfinite(raw), residual, 0)
+            return jnp.where(residual == 0, raw, _keep_sign(out, raw.dtype))
+
+        mapped = jax.tree.map(mapping, updates, grads, params, arrived, landed, removed)
+        return mapped, ScaleByProxGradientState(optax.safe_increment(state.count))
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class ProxStepState(NamedTuple):
+    """How many proximal steps were taken.
+
+    Attributes:
+      count: int32 scalar: the step that schedules and random draws are at. Shared.
+    """
+
+    count: jax.Array
+
+
+def prox_step(
+    prox: Prox | SampledProx, learning_rate: optax.ScalarOrSchedule
+) -> optax.GradientTransformationExtraArgs:
+    r"""Let parameters land on a proximal step: the last link of a chain.
+
+    .. math::
+      u \;\mapsto\; \operatorname{prox}_{\alpha_t r}(x + u) - x
+
+    After `optax.sgd` this is the proximal gradient method. After a sign or Adam it is a decoupled penalty, in the way
+    that AdamW's decay is decoupled: its fixed points are not those of loss plus penalty (`scale_by_prox_gradient` has
+    those), but its zeros are exact.
+
+    Args:
+      prox: A penalty of `signopt.prox`, or a function `prox(x, step_size) -> x`. Under `optax.inject_hyperparams`, name
+        it in `static_args`.
+      learning_rate: :math:`\alpha \ge 0`, the step size of the operator, a number or a schedule: that of the chain.
+
+    Returns:
+      A transformation that needs `params` in `update`. Updates come back in their own dtypes. `optax.apply_updates`
+      lands on the zeros of the operator exactly, in every dtype, and elsewhere within one rounding error of the larger
+      of the old and the new value.
+
+    Raises:
+      ValueError: If `learning_rate` is negative; in `update`, if `params` is missing or `prox` changes a shape.
+      TypeError: If `prox` is no function; in `update`, if a leaf is not of a floating-point dtype or `prox` changes one.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, signopt
+      >>> tx = optax.chain(optax.sgd(0.5), signopt.prox_step(signopt.prox.l1(1.0), 0.5))
+      >>> params, grads = jnp.array([2.0, 0.75]), jnp.array([1.0, 0.5])
+      >>> updates, _ = tx.update(grads, tx.init(params), params)
+      >>> optax.apply_updates(params, updates).tolist()
+      [1.0, 0.0]
+    """
+    caller = "prox_step"
+    prox = as_prox(prox, caller)
+    if not callable(learning_rate) and not isinstance(learning_rate, jax.Array) and not learning_rate >= 0:
+        raise ValueError(f"`{caller}(learning_rate=...)` has to be at least 0, got {learning_rate}.")
+
+    def init_fn(params):
+        del params
+        return ProxStepState(jnp.zeros([], jnp.int32))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del extra_args
+        params = _require_params(params, caller)
+        sign.require_floating(updates, caller)
+        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        drawn = prox.draw(state.count) if isinstance(prox, SampledProx) else prox
+        landed = drawn(jax.tree.map(lambda x, u: widen(x) + widen(u), params, updates), rate)
+
+        def land(x, u, target):
+            target = target.astype(x.dtype)  # first: what the parameter can hold, then how to get there
+            return (widen(target) - widen(x)).astype(u.dtype)
+
+        moves = jax.tree.map(land, params, updates, landed)
+        return moves, ProxStepState(optax.safe_increment(state.count))
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def signprox(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    prox: Prox | SampledProx,
+    step_size: optax.ScalarOrSchedule | None = None,
+    beta: float | jax.Array | None = None,
+    axis_name: axis.AxisName = None,
+    num_workers: int | None = None,
+    wire: Wire = "two_bit",
+) -> optax.GradientTransformationExtraArgs:
+    r"""SignProx: minimize loss plus penalty by signs, by majority vote if there are several workers.
+
+    .. math::
+      x_{t+1} = x_t - \delta_t \operatorname{sign} \sum_m \operatorname{sign}\big(
+        x_t - \operatorname{prox}_{\tau r}(x_t - \tau g_{m,t})\big)
+
+    The iterates hover within :math:`\delta_t` of the zeros of a penalty: let the learning rate decay and end with
+    `signopt.prox.polish`, which makes the zeros exact.
+
+    Args:
+      learning_rate: :math:`\delta`, a number or a schedule: how far each parameter moves in a step.
+      prox: The penalty :math:`r`, from `signopt.prox`. Under `optax.inject_hyperparams`, name it in `static_args`; to
+        inject its strength, inject a function that makes both, as in the last example.
+      step_size: :math:`\tau`, a number or a schedule. None means the learning rate where the penalty is a sum of convex
+        functions of single entries, since :math:`\tau` then changes no sign. Elsewhere it means :math:`\tau_t = \delta_t
+        / \operatorname{rms}(g_{m,t})`, the step size for which a plain prox-gradient step is as long as the sign step,
+        :math:`\|\tau g\|_2 = \|\delta \operatorname{sign}(g)\|_2`. No other multiple of the learning rate has the right
+        unit: with this one, neither scaling loss and penalty nor rescaling the parameters changes the run, as in
+        signSGD, and as :math:`\delta_t \to 0` the mapping becomes the least-norm subgradient.
+      beta: Decay rate of a momentum ahead of the mapping, with bias correction, since the penalty does not scale with
+        it. None is no momentum, as published.
+      axis_name: The workers, as in `majority_vote`. None is one worker and no communication.
+      num_workers: Size of the axis. If given, what lies left of the vote is kept in a `PerWorkerState`.
+      wire: What travels, as in `majority_vote`.
+
+    Returns:
+      An optimizer that needs `params` in `update`. `update` takes `present=` where it votes.
+
+    Raises:
+      ValueError: If `wire` is unknown, `num_workers` is given without an axis or is not its size, or `step_size` is not
+        positive; in `update`, if `params` is missing.
+      TypeError: If `prox` is no function.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, signopt
+      >>> tx = signopt.signprox(0.25, prox=signopt.prox.l1(0.5))
+      >>> params, grads = jnp.array([2.0, 0.0, 0.0]), jnp.array([0.25, 0.25, -1.0])
+      >>> tx.update(grads, tx.init(params), params)[0].tolist()
+      [-0.25, -0.0, 0.25]
+      >>> make = lambda learning_rate, strength: signopt.signprox(learning_rate, prox=signopt.prox.l1(strength))
+      >>> tx = optax.inject_hyperparams(make)(learning_rate=0.25, strength=optax.linear_schedule(0.0, 0.5, 100))
+      >>> float(tx.init(params).hyperparams["strength"])
+      0.0
+
+    References:
+      Xu and Kamilov, *SignProx: One-bit proximal algorithm for nonconvex stochastic optimization*, ICASSP 2019. The
+      vote, the momentum and `step_size=None` are ours.
+    """
+    prox = as_prox(prox, "signprox")
+    free = step_size is None and not prox.separable
+    mapping = scale_by_prox_gradient(
+        prox,
+        None if free else learning_rate if step_size is None else step_size,
+        reach=learning_rate if free else None,
+        axis_name=axis_name,
+    )
+    momentum = () if beta is None else (optax.ema(beta, debias=True),)
+    if axis_name is None:
+        if num_workers is not None:
+            raise ValueError(
+                f"`signprox(num_workers=...)` has to come with an axis to vote over, got num_workers={num_workers} and "
+                "axis_name=None. Pass `axis_name=...`, or leave out `num_workers` for one worker."
+            )
+        return optax.chain(*momentum, mapping, scale_by_sign(), optax.scale_by_learning_rate(learning_rate))
+    left = optax.chain(*map(finite_only, momentum), mapping)
+    return optax.chain(
+        left if num_workers is None else states.per_worker(left, num_workers, axis_name=axis_name),
+        majority_vote(axis_name, wire=wire),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def _require_params(params, caller):
+    if params is None:
+        raise ValueError(
+            f"`{caller}(...).update(params=...)` has to be given, got None: a penalty depends on the parameters. Call "
+            "`update(updates, state, params)`."
+        )
+    return params
+
+
+def _rms(grads):
+    """The root mean square over all entries of a tree; 1 if there is nothing but zeros."""
+    leaves = [g for g in jax.tree.leaves(grads) if g.size]
+    if not leaves:
+        return jnp.ones([])
+    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(g)) for g in leaves]))
+    unit = jnp.where(largest > 0, largest, 1)  # so that squares neither overflow nor vanish
+    total = sum(jnp.sum((g / unit) ** 2) for g in leaves)
+    return jnp.where(largest > 0, unit * jnp.sqrt(total / sum(g.size for g in leaves)), 1)
+
+
+def _keep_sign(x, dtype):
+    """`x` in `dtype`, without becoming zero or infinite on the way: what is left of it is a vote."""
+    info = jnp.finfo(dtype)
+    if info.minexp <= jnp.finfo(x.dtype).minexp:
+        return x.astype(dtype)
+    size = jnp.clip(jnp.abs(x), info.tiny.astype(x.dtype), info.max.astype(x.dtype))
+    return jnp.where(x == 0, 0, jnp.sign(x) * size).astype(dtype)

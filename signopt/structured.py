@@ -1,0 +1,184 @@
+"""Penalties on whole arrays: groups, matrices and chains."""
+
+import math
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from signopt import singular_values
+from signopt import total_variation as chains
+from signopt.penalty import at_least_zero
+from signopt.penalty import per_leaf
+from signopt.penalty import Prox
+from signopt.penalty import Scalar
+
+
+def l2(strength: Scalar) -> Prox:
+    r"""The l2 norm of each leaf, not squared: whole leaves become zero.
+
+    .. math::
+      \operatorname*{argmin}_x \tfrac{1}{2\tau} \|x - y\|_2^2 + \lambda \|x\|_2
+      = \max\Big(1 - \frac{\tau\lambda}{\|y\|_2}, 0\Big)\, y
+
+    Args:
+      strength: :math:`\lambda \ge 0`.
+
+    Raises:
+      ValueError: If `strength` is negative.
+
+    Examples:
+      >>> import jax.numpy as jnp, signopt
+      >>> signopt.prox.l2(2.0)(jnp.array([6.0, 8.0]), 2.5).tolist()
+      [3.0, 4.0]
+    """
+    at_least_zero("l2", "strength", strength)
+    return _shrink_norms(strength, lambda x: x.reshape(1, -1))
+
+
+def group_l1(strength: Scalar, *, axis: int | tuple[int, ...] = 0, group_size: int = 1) -> Prox:
+    r"""The sum over groups of their l2 norms, so that entries become zero group by group.
+
+    .. math::
+      \operatorname*{argmin}_x \tfrac{1}{2\tau} \|x - y\|_2^2 + \lambda \sum_G \|x_G\|_2, \qquad
+      x_G = \max\Big(1 - \frac{\tau\lambda}{\|y_G\|_2}, 0\Big)\, y_G
+
+    Args:
+      strength: :math:`\lambda \ge 0`.
+      axis: The axis, or axes, whose index names the group: entries that share it are one. In a Dense kernel `(inputs,
+        outputs)`, 0 drops inputs and 1 drops units; in a convolution's `(height, width, in, out)`, 3 drops channels.
+      group_size: So many neighbours along `axis` (the last of them, if several) form one group together.
+
+    Raises:
+      ValueError: If `strength` is negative or `group_size` is not positive; when applied, if a leaf has no such axis or
+        `group_size` does not divide it.
+
+    Examples:
+      >>> import jax.numpy as jnp, signopt
+      >>> signopt.prox.group_l1(1.0, axis=0)(jnp.array([[3.0, 4.0], [0.3, 0.4]]), 2.5).tolist()
+      [[1.5, 2.0], [0.0, 0.0]]
+    """
+    at_least_zero("group_l1", "strength", strength)
+    if group_size < 1:
+        raise ValueError(f"`group_l1(group_size=...)` has to be at least 1, got {group_size}.")
+    axes = (axis,) if isinstance(axis, int) else tuple(axis)
+
+    def groups_first(x):
+        if any(not -x.ndim <= k < x.ndim for k in axes):
+            raise ValueError(
+                f"`group_l1(axis=...)` has to be an axis of every leaf, got {axis} for a leaf of shape {x.shape}. Leave "
+                "that leaf out with `signopt.prox.masked`."
+            )
+        if x.shape[axes[-1]] % group_size:
+            raise ValueError(
+                f"`group_l1(group_size=...)` has to divide axis {axes[-1]} of every leaf, got {group_size} for a leaf of "
+                f"shape {x.shape}. Choose a divisor of {x.shape[axes[-1]]}, or leave that leaf out with "
+                "`signopt.prox.masked`."
+            )
+        x = jnp.moveaxis(x, axes, range(len(axes)))
+        num_groups = math.prod(x.shape[: len(axes)]) // group_size
+        return x.reshape(num_groups, x.size // num_groups if num_groups else 0)
+
+    return _shrink_norms(strength, groups_first)
+
+
+def nuclear_norm(strength: Scalar) -> Prox:
+    r"""The sum of the singular values of each matrix, which makes its rank small.
+
+    .. math::
+      \operatorname*{argmin}_X \tfrac{1}{2\tau} \|X - Y\|_F^2 + \lambda \sum_i \sigma_i(X)
+      = U \operatorname{diag}(\max(\sigma_i - \tau\lambda, 0))\, V^\top, \qquad Y = U \operatorname{diag}(\sigma) V^\top
+
+    Args:
+      strength: :math:`\lambda \ge 0`.
+
+    Returns:
+      A penalty for leaves `(*batch, rows, columns)`. It is differentiable also where singular values coincide.
+
+    Raises:
+      ValueError: If `strength` is negative; when applied, if a leaf has fewer than two axes.
+
+    Examples:
+      >>> import jax.numpy as jnp, signopt
+      >>> prox = signopt.prox.nuclear_norm(1.0)
+      >>> prox(jnp.diag(jnp.array([3.0, 0.5])), 1.0).round(5).tolist()
+      [[2.0, 0.0], [0.0, 0.0]]
+
+    References:
+      Cai, Candès and Shen, `A singular value thresholding algorithm for matrix completion
+      <https://arxiv.org/abs/0810.3286>`_, 2008, theorem 2.1.
+    """
+    at_least_zero("nuclear_norm", "strength", strength)
+
+    def matrix(x):
+        if x.ndim < 2:
+            raise ValueError(
+                f"`nuclear_norm(...)` has to be given matrices, got a leaf of shape {x.shape}. Leave it out with "
+                "`signopt.prox.masked`."
+            )
+        return x
+
+    return per_leaf(
+        lambda y, t: singular_values.shrink(matrix(y), jnp.asarray(t * strength, y.dtype)),
+        lambda x: strength * jnp.sum(jnp.linalg.svd(matrix(x), compute_uv=False)),
+    )
+
+
+def total_variation(strength: Scalar, *, axis: int = -1) -> Prox:
+    r"""The sum of the jumps along an axis: pieces become constant.
+
+    .. math::
+      \operatorname*{argmin}_x \tfrac{1}{2\tau} \|x - y\|_2^2 + \lambda \sum_i |x_{i+1} - x_i|
+
+    Exact, and for a million points a matter of tenths of a second on a CPU (`signopt.total_variation`).
+
+    Args:
+      strength: :math:`\lambda \ge 0`.
+      axis: The axis along which neighbours are compared; every line along it is a problem of its own.
+
+    Raises:
+      ValueError: If `strength` is negative; when applied, if a leaf has no such axis.
+
+    Examples:
+      >>> import jax.numpy as jnp, signopt
+      >>> signopt.prox.total_variation(1.0)(jnp.array([0.0, 2.0, 10.0, 10.0]), 1.0).tolist()
+      [1.0, 2.0, 9.5, 9.5]
+    """
+    at_least_zero("total_variation", "strength", strength)
+
+    def last(x):
+        if not -x.ndim <= axis < x.ndim:
+            raise ValueError(
+                f"`total_variation(axis=...)` has to be an axis of every leaf, got {axis} for a leaf of shape {x.shape}. "
+                "Leave that leaf out with `signopt.prox.masked`."
+            )
+        return jnp.moveaxis(x, axis, -1)
+
+    return per_leaf(
+        lambda y, t: jnp.moveaxis(chains.denoise(last(y), t * strength), -1, axis),
+        lambda x: strength * jnp.sum(jnp.abs(jnp.diff(last(x)))),
+    )
+
+
+def _shrink_norms(strength, groups_first):
+    """The group penalty whose groups are the rows of `groups_first(leaf)`."""
+
+    def apply(y, t):
+        return y - residual(y, t)
+
+    def residual(y, t):
+        rows, back = jax.vjp(groups_first, y)  # a permutation, so its transpose is its inverse
+        norms = _norms(rows)
+        survives = norms > t * strength
+        shrunk_by = t * strength / jnp.where(survives, norms, 1)
+        return back(jnp.where(survives, shrunk_by, 1) * rows)[0]
+
+    return per_leaf(apply, lambda x: strength * jnp.sum(_norms(groups_first(x))), residual)
+
+
+def _norms(rows):
+    """The l2 norm of every row, as a column; no overflow, no underflow, and the gradient of a zero row is zero."""
+    largest = lax.stop_gradient(jnp.max(jnp.abs(rows), axis=1, keepdims=True, initial=0))
+    unit = jnp.where(largest > 0, largest, 1)
+    squares = jnp.sum((rows / unit) ** 2, axis=1, keepdims=True)
+    return jnp.where(largest > 0, unit * jnp.sqrt(jnp.where(largest > 0, squares, 1)), 0)
