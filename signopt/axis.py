@@ -39,30 +39,18 @@ def index(axis_name: AxisName) -> jax.Array:
 
 
 def devices_and_vmapped(axis_name: AxisName) -> tuple[tuple[Hashable, ...], tuple[Hashable, ...]]:
-    """The device axes and the vmapped axes of `axis_name`, each in order.
-
-    Raises:
-      ValueError: If an axis is vmapped inside `shard_map(check_vma=True)`, where no collective of JAX can use it: its
-        name cannot appear in types.
-    """
+    """The device axes and the vmapped axes of `axis_name`, each in order."""
     manual = jax.sharding.get_abstract_mesh().manual_axes
     devices = tuple(name for name in names(axis_name) if name in manual)
-    vmapped = tuple(name for name in names(axis_name) if name not in manual)
-    if vmapped and any(map(_is_tracked, manual)):
-        raise ValueError(
-            f"`axis_name={axis_name!r}` has to be axes of devices under `shard_map(check_vma=True)`, got {vmapped!r}, "
-            "which `jax.vmap` bound: JAX has no collectives over it there. Pass `check_vma=False` to `jax.shard_map` or "
-            "`signopt.workers.on_mesh`."
-        )
-    return devices, vmapped
+    return devices, tuple(name for name in names(axis_name) if name not in manual)
 
 
 def total(tree: Any, axis_name: AxisName) -> Any:
-    """The sum of every leaf over all workers, the same on each."""
+    """The sum of every leaf over all workers, the same on each, in the leaf's dtype."""
     devices, vmapped = devices_and_vmapped(axis_name)
-    for group in (vmapped, devices):  # one call cannot mix the two kinds under check_vma
-        tree = lax.psum(tree, group) if group else tree
-    return tree
+    if vmapped:
+        tree = jax.tree.map(lambda x: jnp.sum(stack_vmapped(x, vmapped), axis=0, dtype=x.dtype), tree)
+    return lax.psum(tree, devices) if devices else tree
 
 
 def stack_vmapped(x: jax.Array, vmapped: tuple[Hashable, ...]) -> jax.Array:
@@ -72,7 +60,10 @@ def stack_vmapped(x: jax.Array, vmapped: tuple[Hashable, ...]) -> jax.Array:
     """
     x = x[None]
     for name in reversed(vmapped):  # vmap cannot gather over a tuple
-        x = lax.all_gather(x, name, axis=0, tiled=True)
+        # The primitive, because under check_vma all functions of `lax` assert that an axis is one of the mesh.
+        x = lax.all_gather_p.bind(
+            x, all_gather_dimension=0, axis_name=(name,), axis_index_groups=None, axis_size=lax.axis_size(name), tiled=True
+        )
     return x
 
 
@@ -80,6 +71,13 @@ def join_devices(x: jax.Array, devices: tuple[Hashable, ...]) -> jax.Array:
     """Everybody's `x`, concatenated along the last axis, over device axes only; typed as the same on each."""
     same = "invarying" if all(map(_is_tracked, devices)) else "varying"
     return lax.all_gather(x, devices, axis=x.ndim - 1, tiled=True, to=same)
+
+
+def gather_scalar(x: jax.Array, axis_name: AxisName) -> jax.Array:
+    """Everybody's scalar, in one order: what is added up from it is the same on every worker, bit for bit."""
+    devices, vmapped = devices_and_vmapped(axis_name)
+    found = stack_vmapped(to_varying(x, devices), vmapped)
+    return join_devices(found, devices) if devices else found
 
 
 def varying(x: Any) -> frozenset:

@@ -1,6 +1,6 @@
 """The mean over workers: the other border that a chain can have."""
 
-from jax import lax
+import jax
 import optax
 
 from signopt import axis
@@ -37,11 +37,8 @@ def mean(axis_name: axis.AxisName) -> optax.GradientTransformation:
 
     def update_fn(updates, state, params=None):
         del params
-        axis.size(axis_name, "mean")
+        num_workers = axis.size(axis_name, "mean")
         axis.require_varying(updates, axis_name, "mean")
-        devices, vmapped = axis.devices_and_vmapped(axis_name)
-        for names in (vmapped, devices):
-            updates = lax.pmean(updates, names) if names else updates
-        return updates, state
+        return jax.tree.map(lambda x: x / num_workers, axis.total(updates, axis_name)), state
 
     return optax.GradientTransformation(init_fn, update_fn)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from signopt import sign
+from signopt import wire
 
 
 def scale_by_sign(*, threshold: float | jax.Array = 0.0) -> optax.GradientTransformation:
@@ -116,8 +117,7 @@ class FiniteOnlyState(NamedTuple):
 
     Attributes:
       inner_state: The state of the wrapped transformation. Per worker.
-      total_notfinite: int32 scalar: the steps in which an entry of the updates was not finite, or would have made the
-        state so. Per worker.
+      total_notfinite: int32 scalar: the steps in which an entry of the updates was not finite. Per worker.
     """
 
     inner_state: optax.OptState
@@ -150,13 +150,11 @@ def finite_only(
 
     def update_fn(updates, state, params=None, **extra_args):
         sign.require_floating(updates, caller)
-        finite = jax.tree.map(jnp.isfinite, updates)
-        updates = jax.tree.map(lambda ok, x: jnp.where(ok, x, 0), finite, updates)
+        good = jnp.array([jnp.all(jnp.isfinite(flat)) for flat in wire.joined(updates)], bool)
+        total = jnp.where(jnp.all(good), state.total_notfinite, optax.safe_increment(state.total_notfinite))
+        updates = jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0), updates)
         updates, new_inner = inner.update(updates, state.inner_state, params, **extra_args)
-        held = jax.tree.map(jnp.isfinite, new_inner)
-        new_inner = jax.tree.map(jnp.where, held, new_inner, state.inner_state)
-        good = jax.tree.reduce(lambda sofar, ok: sofar & jnp.all(ok), (finite, held), jnp.array(True))
-        total = jnp.where(good, state.total_notfinite, optax.safe_increment(state.total_notfinite))
+        new_inner = jax.tree.map(lambda new, old: jnp.where(jnp.isfinite(new), new, old), new_inner, state.inner_state)
         return updates, FiniteOnlyState(new_inner, total)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

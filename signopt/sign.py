@@ -35,13 +35,13 @@ def is_positive(x: jax.Array) -> jax.Array:
       Booleans of the shape of `x`.
     """
     as_int, largest, _ = _bit_pattern(x)
-    return as_int - _like(as_int, 1) < largest
+    return as_int - 1 < largest
 
 
 def is_negative(x: jax.Array) -> jax.Array:
     """Whether each entry casts a vote of -1; the mirror image of `is_positive`."""
     as_int, largest, sign_bit = _bit_pattern(x)
-    return as_int - (sign_bit + _like(as_int, 1)) < largest
+    return as_int - (sign_bit + 1) < largest
 
 
 def sign(x: jax.Array) -> jax.Array:
@@ -92,12 +92,7 @@ def require_floating(tree: Any, caller: str) -> None:
 
 
 def _bit_pattern(x):
-    """The bits of `x` as unsigned integers, the pattern of the largest finite number, and that of -0."""
+    """The bits of `x` as unsigned integers, those of the largest finite number, and those of -0."""
     uint = jnp.dtype(f"uint{jnp.finfo(x.dtype).bits}")
-    largest = np.asarray(jnp.finfo(x.dtype).max, x.dtype).view(uint)
-    sign_bit = np.asarray(1 << (uint.itemsize * 8 - 1), uint)
-    return lax.bitcast_convert_type(x, uint), largest, sign_bit
-
-
-def _like(as_int, value):
-    return np.asarray(value, as_int.dtype)
+    largest = np.asarray(jnp.finfo(x.dtype).max, x.dtype).view(uint)[()]
+    return lax.bitcast_convert_type(x, uint), largest, uint.type(1 << (8 * uint.itemsize - 1))

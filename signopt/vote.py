@@ -85,7 +85,6 @@ def majority_vote(
     wires.check_wire(wire, f"{caller}(wire=...)")
     if not isinstance(quorum, jax.Array) and not 0 <= quorum <= 1:
         raise ValueError(f"`{caller}(quorum=...)` has to be in [0, 1], got {quorum}.")
-    axis.names(axis_name)
 
     def init_fn(params):
         del params
@@ -100,12 +99,13 @@ def majority_vote(
         if wire == "psum":
             decisions = _vote_by_sum(updates, axis_name, margin, present)
         else:
-            ballots = _ballots(updates, wire, axis_name, state.count, present)
+            ballots = cast(updates, wire, axis_name, state.count, present)
 
-            def decide(everybody):
-                return _decide(everybody, margin, state.count)
+            def count_and_decide(everybody):
+                num_workers, planes, _ = everybody.shape
+                return decide(count(everybody), num_workers, planes, margin, state.count)
 
-            decisions = wires.unpack(wires.exchange(ballots, decide, axis_name), updates)
+            decisions = wires.unpack(wires.exchange(ballots, count_and_decide, axis_name), updates)
         return decisions, MajorityVoteState(state.count + 1)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -117,17 +117,22 @@ def _margin(quorum: float | jax.Array, num_workers: int) -> Int[Array, ""]:
     return jnp.maximum(1, needed).astype(jnp.int32)
 
 
-def _vote_by_sum(updates: Any, axis_name: axis.AxisName, margin: Int[Array, ""], present: Any) -> Any:
-    """The definition."""
+def sum_of_votes(updates: Any, axis_name: axis.AxisName, present: Any) -> Any:
+    """The sum of everybody's votes, in the smallest integers that hold it."""
     dtype = wires.ballot_dtype(axis.size(axis_name, "majority_vote"))
     votes = jax.tree.map(lambda x: sign.vote(x).astype(dtype), updates)
     if present is not None:
         votes = jax.tree.map(lambda t: t * jnp.asarray(present).astype(dtype), votes)
-    sums = axis.total(votes, axis_name)
+    return axis.total(votes, axis_name)
+
+
+def _vote_by_sum(updates: Any, axis_name: axis.AxisName, margin: Int[Array, ""], present: Any) -> Any:
+    """The definition."""
+    sums = sum_of_votes(updates, axis_name, present)
     return jax.tree.map(lambda s, x: jnp.where(abs(s) >= margin, jnp.sign(s), 0).astype(x.dtype), sums, updates)
 
 
-def _ballots(
+def cast(
     updates: Any, wire: str, axis_name: axis.AxisName, step: Int[Array, ""], present: Any
 ) -> UInt8[Array, "planes n"]:
     """This worker's signs as they travel: plus and not-minus, or one bit that is either where both agree."""
@@ -148,12 +153,15 @@ def _filler(step: Int[Array, ""], worker: Int[Array, ""], num_bytes: int) -> UIn
     return bits.pack((step + i + lax.population_count((step // 2 + i) & worker)) % 2 == 0)
 
 
-def _decide(
-    ballots: UInt8[Array, "workers planes n"], margin: Int[Array, ""], step: Int[Array, ""]
+def count(ballots: UInt8[Array, "workers planes n"]) -> list[UInt8[Array, " n"]]:
+    """How many bits were cast for each coordinate, bit-sliced: M + the sum of the votes, or half of that on one plane."""
+    return bits.count(ballots.reshape(-1, ballots.shape[-1]))
+
+
+def decide(
+    counts: list[UInt8[Array, " n"]], num_workers: int, planes: int, margin: Int[Array, ""], step: Int[Array, ""]
 ) -> UInt8[Array, "planes n"]:
-    """Count everybody's ballots and decide, in the encoding of a ballot."""
-    num_workers, planes, _ = ballots.shape
-    counts = bits.count(ballots.reshape(num_workers * planes, -1))
+    """Decide from the counts, in the encoding of a ballot."""
     if planes == 2:  # the count is M + the sum of the votes
         plus = bits.at_least(counts, num_workers + margin)
         not_minus = bits.at_least(counts, num_workers - margin + 1)

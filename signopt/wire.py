@@ -11,6 +11,7 @@ workers.
 """
 
 from collections.abc import Callable
+import itertools
 import math
 from typing import Any, Literal, get_args
 
@@ -58,17 +59,15 @@ def bytes_sent(tree: Any, num_workers: int, wire: str) -> int:
     """
     if num_workers < 1:
         raise ValueError(f"`bytes_sent(num_workers=...)` has to be at least 1, got {num_workers}.")
+    check_wire(wire, "bytes_sent(wire=...)", also=("mean",))
     if wire in PLANES:
         buffer = sum(_num_bytes(leaf) for leaf in jax.tree.leaves(tree))
         chunk = -(-buffer // num_workers)
         return 2 * (num_workers - 1) * chunk * PLANES[wire]
-    if wire == "psum":
-        size = sum(math.prod(x.shape) for x in jax.tree.leaves(tree)) * ballot_dtype(num_workers).itemsize
-    elif wire == "mean":
-        size = sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
-    else:
-        check_wire(wire, "bytes_sent(wire=...)", also=("mean",))
-        raise AssertionError
+    size = sum(
+        math.prod(x.shape) * (ballot_dtype(num_workers) if wire == "psum" else jnp.dtype(x.dtype)).itemsize
+        for x in jax.tree.leaves(tree)
+    )
     return -(-2 * (num_workers - 1) * size // num_workers)
 
 
@@ -94,12 +93,17 @@ def pack(tree: Any, *tests: Callable[[jax.Array], Bool[Array, "..."]]) -> UInt8[
     Returns:
       Bytes; zeros where a leaf does not fill its last one.
     """
+    planes = [jnp.stack([bits.pack(test(flat)) for test in tests]) for flat in joined(tree)]
+    return jnp.concatenate([jnp.zeros((len(tests), 0), jnp.uint8), *planes], axis=-1)
+
+
+def joined(tree: Any) -> list[jax.Array]:
+    """All entries of a tree in few flat arrays, in the order of the buffer: what one kernel each can work on.
+
+    Small leaves of one dtype are joined, each from a multiple of eight on, with zeros in between.
+    """
     leaves = jax.tree.leaves(tree)
-    planes = [jnp.zeros((len(tests), 0), jnp.uint8)]
-    for group in _groups(leaves):
-        flat = _join([leaves[i] for i in group])
-        planes.append(jnp.stack([bits.pack(test(flat)) for test in tests]))
-    return jnp.concatenate(planes, axis=-1)
+    return [_join([leaves[i] for i in group]) for group in _groups(leaves)]
 
 
 def unpack(buffer: UInt8[Array, "planes n"], like: Any) -> Any:
@@ -155,18 +159,36 @@ def exchange(
     Returns:
       The decisions, the same on every worker.
     """
+    return collect(decide(deal(ballots, axis_name)), ballots.shape[-1], axis_name)
+
+
+def deal(ballots: UInt8[Array, "planes n"], axis_name: axis.AxisName) -> UInt8[Array, "workers planes chunk"]:
+    """Everybody's ballots on the bytes that this worker serves: the first half of `exchange`."""
     devices, vmapped = axis.devices_and_vmapped(axis_name)
     everybody_here = axis.stack_vmapped(ballots, vmapped)
     if not devices:
-        return decide(everybody_here)
+        return everybody_here
     num_servers = math.prod(lax.axis_size(name) for name in devices)
     workers_here, planes, num_bytes = everybody_here.shape
     chunk = -(-num_bytes // num_servers)
     padded = jnp.pad(everybody_here, ((0, 0), (0, 0), (0, num_servers * chunk - num_bytes)))
     by_server = padded.reshape(workers_here, planes, num_servers, chunk).transpose(2, 0, 1, 3)
     on_my_chunk = lax.all_to_all(by_server, devices, split_axis=0, concat_axis=0, tiled=True)
-    decisions = decide(on_my_chunk.reshape(num_servers * workers_here, planes, chunk))
-    return axis.join_devices(decisions, devices)[:, :num_bytes]
+    return on_my_chunk.reshape(num_servers * workers_here, planes, chunk)
+
+
+def collect(decisions: UInt8[Array, "planes chunk"], num_bytes: int, axis_name: axis.AxisName) -> UInt8[Array, "planes n"]:
+    """The decisions of all servers, the same on every worker: the second half of `exchange`."""
+    devices, _ = axis.devices_and_vmapped(axis_name)
+    return axis.join_devices(decisions, devices)[:, :num_bytes] if devices else decisions
+
+
+def layout(tree: Any) -> list[tuple[int, int]]:
+    """Where the leaves lie in a packed buffer: the index of each and its first byte, in the order of the buffer."""
+    leaves = jax.tree.leaves(tree)
+    order = [i for group in _groups(leaves) for i in group]
+    starts = itertools.accumulate((_num_bytes(leaves[i]) for i in order), initial=0)
+    return list(zip(order, starts, strict=False))
 
 
 def _groups(leaves: list) -> list[list[int]]:
