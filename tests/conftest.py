@@ -1,0 +1,33 @@
+"""Eight host devices for every test, made before JAX is imported."""
+
+import os
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Twice as many threads as devices: with fewer, jax 0.10 can deadlock in a plain training loop.
+os.environ["NPROC"] = "16"
+
+import hypothesis
+import jax
+import numpy as np
+import pytest
+
+hypothesis.settings.register_profile("signopt", deadline=None, derandomize=True, max_examples=50, database=None)
+hypothesis.settings.load_profile("signopt")
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def devices():
+    found = jax.devices()
+    assert len(found) >= 8, "JAX was imported before tests/conftest.py could ask for 8 devices."
+    return found[:8]
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield

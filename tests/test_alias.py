@@ -1,0 +1,194 @@
+"""The ready optimizers: without an axis they are optax's own, with one they are the papers'."""
+
+import operator
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import reference
+import signopt
+
+M = 4
+WIRES = ("one_bit", "two_bit", "psum")
+PARAMS = {"w": jnp.arange(6.0).reshape(2, 3) - 2, "b": jnp.ones(5, jnp.bfloat16), "s": jnp.float32(1.0), "n": None}
+
+
+def gradients(num_steps=5, leading=()):
+    rng = np.random.default_rng(0)
+    draw = lambda p: jnp.asarray(rng.normal(size=(num_steps, *leading, *p.shape)), p.dtype)
+    return jax.tree.map(draw, PARAMS)
+
+
+def assert_same_optimizer(ours, theirs):
+    """The same updates and state: values, dtypes and structure."""
+    state, their_state = ours.init(PARAMS), theirs.init(PARAMS)
+    for step in range(5):
+        chex.assert_trees_all_equal_structs(state, their_state)
+        chex.assert_trees_all_equal_shapes_and_dtypes(state, their_state)
+        chex.assert_trees_all_equal(state, their_state)
+        g = jax.tree.map(operator.itemgetter(step), gradients())
+        updates, state = ours.update(g, state, PARAMS)
+        expected, their_state = theirs.update(g, their_state, PARAMS)
+        chex.assert_trees_all_equal_dtypes(updates, expected)
+        chex.assert_trees_all_equal(updates, expected)
+
+
+SCHEDULE = optax.linear_schedule(0.1, 0.0, 10)
+
+
+@pytest.mark.parametrize("rate", (0.1, SCHEDULE), ids=("constant", "schedule"))
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (signopt.signsgd, optax.sign_sgd),
+        (signopt.signum, optax.signum),
+        (lambda r: signopt.signum(r, 0.5), lambda r: optax.signum(r, 0.5)),
+        (lambda r: signopt.signum(r, 0.5, "float32"), lambda r: optax.signum(r, 0.5, "float32")),
+        (signopt.lion, optax.lion),
+        (
+            lambda r: signopt.lion(r, 0.8, 0.95, "float32", 0.1, {"w": True, "b": False, "s": False, "n": None}),
+            lambda r: optax.lion(r, 0.8, 0.95, "float32", 0.1, {"w": True, "b": False, "s": False, "n": None}),
+        ),
+    ],
+    ids=("signsgd", "signum", "signum-beta", "signum-dtype", "lion", "lion-everything"),
+)
+def test_without_an_axis_it_is_optaxs_own(rate, ours, theirs):
+    assert_same_optimizer(ours(rate), theirs(rate))
+
+
+def simulate(tx, stacked):
+    """Updates `(steps, *shape)` of M workers, and the last state; weight decay sees PARAMS."""
+    is_border = lambda s: isinstance(s, signopt.state.PerWorkerState)
+    state = tx.init(PARAMS)
+    axes = jax.tree.map(lambda s: 0 if is_border(s) else None, state, is_leaf=is_border)
+    update = jax.jit(jax.vmap(lambda g, s: tx.update(g, s, PARAMS), (0, axes), (None, axes), axis_name="w"))
+    all_updates = []
+    for step in range(5):
+        updates, state = update(jax.tree.map(operator.itemgetter(step), stacked), state)
+        all_updates.append(updates)
+    return jax.tree.map(lambda *u: np.stack(u), *all_updates), state
+
+
+def integer_gradients():
+    """Small integers: momenta with decay 1/2 are exact."""
+    rng = np.random.default_rng(1)
+    draw = lambda p: jnp.asarray(rng.integers(-2, 3, (5, M, *p.shape)), p.dtype)
+    return jax.tree.map(draw, PARAMS)
+
+
+def expected_updates(wire, local, stacked):
+    """NumPy's votes `(steps, *shape)`; `local` maps one worker's gradients to its ballots."""
+
+    def leaf(g):
+        g = np.asarray(g, np.float64)
+        ballots = np.stack([local(g[:, m]) for m in range(M)], axis=1)
+        return np.stack([reference.vote_on(wire, b, step) for step, b in enumerate(ballots)])
+
+    return jax.tree.map(leaf, stacked)
+
+
+OPTIMIZERS = {
+    "signsgd": (lambda **kw: signopt.signsgd(1.0, **kw), reference.signsgd),
+    "signum": (lambda **kw: signopt.signum(1.0, 0.5, **kw), lambda g: reference.signum(g, 0.5)[0]),
+    "lion": (
+        lambda **kw: signopt.lion(1.0, 0.5, 0.75, weight_decay=0.0, **kw),
+        lambda g: reference.lion(g, 0.5, 0.75)[0],
+    ),
+}
+
+
+@pytest.mark.parametrize("wire", WIRES)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_with_an_axis_it_is_the_papers(name, wire):
+    make, local = OPTIMIZERS[name]
+    stacked = integer_gradients()
+    updates, state = simulate(make(axis_name="w", wire=wire, num_workers=M), stacked)
+    expected = jax.tree.map(lambda v: -v, expected_updates(wire, local, stacked))
+    jax.tree.map(lambda u, e: np.testing.assert_array_equal(np.asarray(u, np.float64), e), updates, expected)
+    assert optax.tree.get(state, "MajorityVoteState").count == 5
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_worker_that_breaks_is_counted_and_comes_back(name):
+    """Worker 1's gradients are NaN for steps 1 and 2; nothing becomes non-finite and its later votes count."""
+    make, local = OPTIMIZERS[name]
+    stacked = integer_gradients()
+    stacked = jax.tree.map(lambda g: g.at[1, 1].set(jnp.nan).at[2, 1].set(jnp.inf), stacked)
+    updates, state = simulate(make(axis_name="w", num_workers=M), stacked)
+    chex.assert_tree_all_finite((updates, state))
+    expected = jax.tree.map(lambda v: -v, expected_updates("two_bit", local, stacked))
+    jax.tree.map(lambda u, e: np.testing.assert_array_equal(np.asarray(u, np.float64), e), updates, expected)
+    count = optax.tree.get(state, "total_notfinite")
+    assert count.dtype == jnp.int32
+    np.testing.assert_array_equal(count, [0, 2, 0, 0])
+    # Negative control: had worker 1 stayed away for good, the last vote would differ.
+    gone = jax.tree.map(lambda g: g.at[3:, 1].set(0), stacked)
+    still = expected_updates("two_bit", local, gone)
+    assert any(
+        (np.asarray(s[-1]) != -np.asarray(e[-1])).any()
+        for s, e in zip(jax.tree.leaves(still), jax.tree.leaves(expected), strict=True)
+    )
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_weight_decay_comes_after_the_vote_and_obeys_its_mask(name):
+    make, _ = OPTIMIZERS[name]
+    stacked = integer_gradients()
+    mask = {"w": True, "b": False, "s": True, "n": None}
+    if name == "lion":
+        make = lambda weight_decay=0.0, **kw: signopt.lion(1.0, 0.5, 0.75, weight_decay=weight_decay, **kw)
+    plain, _ = simulate(make(axis_name="w", num_workers=M), stacked)
+    decayed, _ = simulate(make(axis_name="w", num_workers=M, weight_decay=0.5, mask=mask), stacked)
+    for leaf, decay in (("w", 0.5), ("b", 0.0), ("s", 0.5)):
+        expected = np.asarray(plain[leaf], np.float64) - decay * np.asarray(PARAMS[leaf], np.float64)
+        np.testing.assert_array_equal(np.asarray(decayed[leaf], np.float64), expected)
+
+
+def test_weight_decay_without_an_axis_is_decoupled_too():
+    g = jax.tree.map(lambda x: x[0], gradients())
+    for make in (signopt.signsgd, signopt.signum):
+        plain, decayed = make(1.0), make(1.0, weight_decay=0.5)
+        u, _ = plain.update(g, plain.init(PARAMS), PARAMS)
+        v, _ = decayed.update(g, decayed.init(PARAMS), PARAMS)
+        np.testing.assert_array_equal(v["w"], u["w"] - 0.5 * PARAMS["w"])
+
+
+def test_present_reaches_the_vote_through_every_ready_optimizer():
+    stacked = jax.tree.map(lambda g: g[0], integer_gradients())
+    present = np.arange(M) < 2
+    for make, local in OPTIMIZERS.values():
+        tx = make(axis_name="w")
+        update = lambda g, here, tx=tx: tx.update(g, tx.init(PARAMS), PARAMS, present=here)[0]
+        updates = jax.vmap(update, out_axes=None, axis_name="w")(stacked, present)
+        ballots = np.stack([local(np.asarray(stacked["w"])[None, m])[0] for m in range(M)])
+        np.testing.assert_array_equal(updates["w"], -reference.vote(ballots, present=present))
+
+
+def test_the_default_wire_is_two_bit():
+    stacked = integer_gradients()
+    for make, _ in OPTIMIZERS.values():
+        default, _ = simulate(make(axis_name="w", num_workers=M), stacked)
+        two_bit, _ = simulate(make(axis_name="w", num_workers=M, wire="two_bit"), stacked)
+        chex.assert_trees_all_equal(default, two_bit)
+
+
+def test_every_transformation_is_of_optaxs_type_and_takes_extra_arguments():
+    for make, _ in OPTIMIZERS.values():
+        assert isinstance(make(), optax.GradientTransformationExtraArgs)
+        assert isinstance(make(axis_name="w"), optax.GradientTransformationExtraArgs)
+
+
+def test_optimizers_agree_on_one_worker():
+    """With one worker and two_bit, the vote over an axis of size 1 changes nothing."""
+    stacked = gradients(5, (1,))
+    pairs = [(OPTIMIZERS[name][0](axis_name="w", num_workers=1), OPTIMIZERS[name][0]()) for name in OPTIMIZERS]
+    for with_axis, without in pairs:
+        updates, _ = simulate(with_axis, stacked)
+        state = without.init(PARAMS)
+        for step in range(5):
+            expected, state = without.update(jax.tree.map(operator.itemgetter((step, 0)), stacked), state, PARAMS)
+            chex.assert_trees_all_equal(jax.tree.map(operator.itemgetter(step), updates), expected)

@@ -1,0 +1,53 @@
+"""Packed bits: what is packed comes back, and counting packed words is counting."""
+
+import hypothesis
+import hypothesis.extra.numpy as hnp
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from signopt import bits
+
+
+@pytest.mark.parametrize("length", (0, 1, 7, 8, 9, 64, 1001))
+def test_unpacking_gives_back_what_was_packed_and_zeros_behind_it(length, rng):
+    booleans = rng.random((3, length)) < 0.5
+    packed = bits.pack(jnp.asarray(booleans))
+    assert packed.dtype == jnp.uint8 and packed.shape == (3, -(-length // 8))
+    unpacked = np.asarray(bits.unpack(packed))
+    np.testing.assert_array_equal(unpacked[:, :length], booleans)
+    assert not unpacked[:, length:].any()
+
+
+@pytest.mark.parametrize("num_ballots", (1, 2, 3, 4, 7, 8, 15, 16, 33, 128, 129, 135, 300, 600))
+def test_counts_and_thresholds_are_those_of_the_unpacked_bits(num_ballots):
+    """Several thresholds that the counts can reach, in one compiled program."""
+    rng = np.random.default_rng(num_ballots)
+    # Rows with every density: some coordinates have all ones, some none.
+    booleans = rng.random((num_ballots, 40)) < np.linspace(-0.1, 1.1, 40)
+    expected = booleans.sum(0)
+    thresholds = np.unique([0, 1, num_ballots // 2, num_ballots // 2 + 1, num_ballots - 1, num_ballots])
+    thresholds = thresholds[thresholds <= num_ballots]
+
+    @jax.jit
+    def run(packed):
+        planes = bits.count(packed)
+        values = sum(bits.unpack(plane).astype(jnp.int32) << k for k, plane in enumerate(planes))
+        return values, jnp.stack([bits.unpack(bits.at_least(planes, int(t))) for t in thresholds])
+
+    counts, reached = run(bits.pack(jnp.asarray(booleans)))
+    np.testing.assert_array_equal(counts, expected)
+    np.testing.assert_array_equal(reached, expected >= thresholds[:, None])
+
+
+@jax.jit
+def _reached(packed, threshold):
+    return bits.unpack(bits.at_least(bits.count(packed), threshold))
+
+
+@hypothesis.given(hnp.arrays(np.bool_, (11, 16)), st.integers(0, 11))
+def test_a_threshold_may_be_traced(booleans, threshold):
+    reached = _reached(bits.pack(jnp.asarray(booleans)), jnp.int32(threshold))
+    np.testing.assert_array_equal(reached, booleans.sum(0) >= threshold)
