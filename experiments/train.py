@@ -1,0 +1,216 @@
+"""Eight workers train a Flax network on handwritten digits: a float32 mean against a vote of one bit per parameter.
+
+Every worker takes the gradient of its own batch. First the workers average gradients, 32 bits a parameter, and take a
+step of SGD with momentum; then each sends only the signs of its momentum (Signum, Bernstein et al., 2018, algorithm 2)
+and all take a step along the majority's. Learning rates follow a cosine to zero.
+
+    python -m experiments train
+    python -m experiments train --runner simulate --seeds 10 --wire one_bit,two_bit
+
+Time and numbers to expect are in experiments/README.md.
+"""
+
+from collections.abc import Iterator
+import dataclasses
+import functools
+import pathlib
+import statistics
+import time
+from typing import Any, NamedTuple
+
+import jax
+from matplotlib.figure import Figure
+import numpy as np
+import optax
+import rich.progress
+import rich.table
+
+from experiments import data
+from experiments import models
+from experiments import optimizers
+from experiments import runners
+from experiments.flags import flag
+from experiments.records import Record
+import signopt
+
+MODELS = {"digits": models.MLP, "mnist": models.CNN, "cifar10": models.CNN}
+RUNNERS = {"simulate": runners.simulate, "mesh": runners.mesh, "pmap": runners.pmap}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The flags."""
+
+    optimizer: tuple[str, ...] = flag(("sgd", "signum"), "what to compare", choices=tuple(optimizers.RECIPES))
+    wire: tuple[str, ...] = flag(("one_bit",), "how votes travel", choices=("one_bit", "two_bit", "psum"))
+    workers: int = flag(8, "number of workers", at_least=1)
+    runner: str = flag("mesh", "one device, a mesh of devices, or jax.pmap", choices=tuple(RUNNERS))
+    dataset: str = flag("digits", "what to learn", choices=data.NAMES)
+    data_file: str = flag("", "an .npz with x_train, y_train, x_test and y_test, for mnist and cifar10")
+    validation: bool = flag(False, "test on the last fifth of the training images instead, to tune")
+    steps: int = flag(600, "training steps", at_least=1)
+    batch_size: int = flag(8, "examples per worker and step", at_least=1)
+    learning_rate: float | None = flag(None, "peak of the cosine schedule; each optimizer's own if None", at_least=0)
+    seeds: int = flag(3, "number of runs: seeds 0, 1, 2, ...", at_least=1)
+    evaluate_every: int = flag(25, "steps between two looks at the test images", at_least=1)
+    output: str = flag("results/train", "folder for records and plots")
+
+
+class TrainState(NamedTuple):
+    """What a worker carries from step to step.
+
+    Attributes:
+      params: The network's parameters. Shared.
+      opt_state: The optimizer's state, per worker left of its vote or mean, shared right of it.
+    """
+
+    params: Any
+    opt_state: optax.OptState
+
+
+def run(config: Config) -> Iterator[Record]:
+    """Train with each optimizer over each wire, and look at the test images on the way.
+
+    Yields:
+      A record for each optimizer, wire, seed and look at the test images.
+    """
+    dataset = data.load(config.dataset, config.data_file)
+    dataset = data.hold_out(dataset) if config.validation else dataset
+    net = models.network(MODELS[config.dataset], dataset.train_images.shape[1:])
+    columns = ("{task.description}", rich.progress.BarColumn(), rich.progress.MofNCompleteColumn(), "steps")
+    with rich.progress.Progress(*columns, rich.progress.TimeElapsedColumn()) as progress:
+        for name in config.optimizer:
+            recipe = optimizers.RECIPES[name]
+            for wire in config.wire if recipe.votes else ("mean",):
+                task = progress.add_task(f"{name}, {wire}", total=config.steps)
+                for record in _train(config, dataset, net, recipe, wire):
+                    progress.update(task, completed=record["step"])
+                    yield {"optimizer": name, "wire": wire} | record
+
+
+def _train(config, dataset, net, recipe, wire):
+    """Train one network per seed with one optimizer; yields records without its name."""
+    peak = recipe.learning_rate if config.learning_rate is None else config.learning_rate
+    # Under pmap every state has an axis of workers already.
+    num_workers = None if config.runner == "pmap" else config.workers
+    optimizer = recipe.make(optax.cosine_decay_schedule(peak, config.steps), wire, num_workers)
+    step = _step(net, optimizer)
+    runner = RUNNERS[config.runner](step, config.workers)
+
+    def init(seed):
+        params = net.init(jax.random.key(seed))
+        return TrainState(params, optimizer.init(params))
+
+    states = jax.jit(jax.vmap(init))(np.arange(config.seeds))
+    accuracies = jax.jit(jax.vmap(functools.partial(models.accuracy, net), in_axes=(0, None, None)))
+    sent = signopt.wire.bytes_sent(jax.eval_shape(net.init, jax.random.key(0)), config.workers, wire)
+    num_params = sum(x.size for x in jax.tree.leaves(states.params)) // config.seeds
+    order = np.stack(
+        [
+            data.batches(seed, len(dataset.train_labels), config.workers * config.batch_size, config.steps)
+            for seed in range(config.seeds)
+        ]
+    )
+
+    carried, seconds = runner.start(states), 0.0
+    for start in range(0, config.steps, config.evaluate_every):
+        chosen = order[:, start : start + config.evaluate_every]
+        begin = time.perf_counter()
+        carried, losses = jax.block_until_ready(
+            runner.advance(carried, (dataset.train_images[chosen], dataset.train_labels[chosen]))
+        )
+        seconds += time.perf_counter() - begin
+        done = start + chosen.shape[1]
+        found = accuracies(runner.read(carried).params, dataset.test_images, dataset.test_labels)
+        for seed in range(config.seeds):
+            yield {
+                "seed": seed,
+                "step": done,
+                "train_loss": float(losses[seed, -1].mean()),
+                "test_accuracy": float(found[seed]),
+                "bits_per_parameter": 8 * sent / num_params,
+                "megabytes": sent * config.workers * done / 1e6,
+                "learning_rate": peak,
+                "seconds": round(seconds, 3),
+            }
+
+
+def _step(net, optimizer):
+    """One worker's step."""
+
+    def loss(params, images, labels):
+        return optax.softmax_cross_entropy_with_integer_labels(net.apply(params, images), labels).mean()
+
+    value_and_grad = signopt.workers.value_and_grad(loss, axis_name=optimizers.AXIS)
+
+    def step(state, batch):
+        value, gradients = value_and_grad(state.params, *batch)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        return TrainState(optax.apply_updates(state.params, updates), opt_state), value
+
+    return step
+
+
+def final(records: list[Record]) -> dict[tuple[str, str], list[Record]]:
+    """The last record of each seed, by optimizer and wire."""
+    found = {}
+    for name, looks in _curves(records).items():
+        last = max(record["step"] for record in looks)
+        found[name] = [record for record in looks if record["step"] == last]
+    return found
+
+
+def table(records: list[Record]) -> rich.table.Table:
+    """The end of each run, averaged over seeds."""
+    config = records[0]["config"]
+    seeds = f", mean and deviation of {config['seeds']} seeds" if config["seeds"] > 1 else ""
+    drawn = rich.table.Table(title=f"{config['dataset']}, {config['workers']} workers, {config['steps']} steps{seeds}")
+    for column in ("optimizer", "wire"):
+        drawn.add_column(column)
+    for column in ("test accuracy", "bits per\nparameter\nand step", "MB in total", "seconds"):
+        drawn.add_column(column, justify="right", no_wrap=True)
+    for (name, wire), ends in final(records).items():
+        accuracies = [record["test_accuracy"] for record in ends]
+        spread = f" ± {statistics.stdev(accuracies):.4f}" if len(ends) > 1 else ""
+        drawn.add_row(
+            name,
+            wire,
+            f"{statistics.mean(accuracies):.4f}{spread}",
+            f"{ends[0]['bits_per_parameter']:.2f}",
+            f"{ends[0]['megabytes']:.2f}",
+            f"{ends[0]['seconds']:.1f}",
+        )
+    drawn.caption = "bits: sent by each worker; MB: by all, in one run; seconds: all seeds, with compilation"
+    return drawn
+
+
+def plot(records: list[Record], folder: str) -> list[pathlib.Path]:
+    """Draw test accuracy against steps and against megabytes sent: the mean over seeds, and their range.
+
+    Returns:
+      The figures' files.
+    """
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    by_step, by_megabytes = figure.subplots(1, 2, sharey=True)
+    for (name, wire), looks in _curves(records).items():
+        steps = sorted({record["step"] for record in looks})
+        seeds = [[record["test_accuracy"] for record in looks if record["step"] == step] for step in steps]
+        megabytes = [looks[-1]["megabytes"] * step / looks[-1]["step"] for step in steps]
+        for axes, x in ((by_step, steps), (by_megabytes, megabytes)):
+            (line,) = axes.plot(x, [statistics.mean(s) for s in seeds], label=f"{name}, {wire}", marker=".")
+            axes.fill_between(x, [min(s) for s in seeds], [max(s) for s in seeds], color=line.get_color(), alpha=0.2)
+    by_step.set(xlabel="steps", ylabel="test accuracy")
+    by_megabytes.set(xlabel="megabytes sent by all workers", xscale="log")
+    by_step.legend()
+    for axes in (by_step, by_megabytes):
+        axes.grid(alpha=0.3)
+    path = pathlib.Path(folder) / "accuracy.png"
+    figure.savefig(path, dpi=150)
+    return [path]
+
+
+def _curves(records):
+    curves = {}
+    for record in records[1:]:
+        curves.setdefault((record["optimizer"], record["wire"]), []).append(record)
+    return curves
