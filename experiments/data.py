@@ -69,6 +69,16 @@ def batches(seed: int, num_examples: int, batch_size: int, steps: int) -> np.nda
     return order[: steps * batch_size].reshape(steps, batch_size)
 
 
+def sorted_batches(seed: int, labels: np.ndarray, num_workers: int, batch_size: int, steps: int) -> np.ndarray:
+    """The same where every worker has a shard of its own, and the shards are sorted by label.
+
+    Returns:
+      Indices; shape (steps, num_workers * batch_size), worker after worker.
+    """
+    shards = np.array_split(np.argsort(labels, kind="stable"), num_workers)
+    return np.concatenate([shard[batches(seed, len(shard), batch_size, steps)] for shard in shards], axis=1)
+
+
 def _from_file(name, file):
     shape = (28, 28, 1) if name == "mnist" else (32, 32, 3)
     try:

@@ -48,6 +48,9 @@ class Config:
     dataset: str = flag("digits", "what to learn", choices=data.NAMES)
     data_file: str = flag("", "an .npz with x_train, y_train, x_test and y_test, for mnist and cifar10")
     validation: bool = flag(False, "test on the last fifth of the training images instead, to tune")
+    shards: str = flag(
+        "shuffled", "what a worker sees: any examples, or some labels only", choices=("shuffled", "sorted")
+    )
     steps: int = flag(600, "training steps", at_least=1)
     batch_size: int = flag(8, "examples per worker and step", at_least=1)
     learning_rate: float | None = flag(None, "peak of the cosine schedule; each optimizer's own if None", at_least=0)
@@ -105,12 +108,7 @@ def _train(config, dataset, net, recipe, wire):
     accuracies = jax.jit(jax.vmap(functools.partial(models.accuracy, net), in_axes=(0, None, None)))
     sent = signopt.wire.bytes_sent(jax.eval_shape(net.init, jax.random.key(0)), config.workers, wire)
     num_params = sum(x.size for x in jax.tree.leaves(states.params)) // config.seeds
-    order = np.stack(
-        [
-            data.batches(seed, len(dataset.train_labels), config.workers * config.batch_size, config.steps)
-            for seed in range(config.seeds)
-        ]
-    )
+    order = np.stack([_order(config, dataset.train_labels, seed) for seed in range(config.seeds)])
 
     carried, seconds = runner.start(states), 0.0
     for start in range(0, config.steps, config.evaluate_every):
@@ -133,6 +131,12 @@ def _train(config, dataset, net, recipe, wire):
                 "learning_rate": peak,
                 "seconds": round(seconds, 3),
             }
+
+
+def _order(config, labels, seed):
+    if config.shards == "sorted":
+        return data.sorted_batches(seed, labels, config.workers, config.batch_size, config.steps)
+    return data.batches(seed, len(labels), config.workers * config.batch_size, config.steps)
 
 
 def _step(net, optimizer):

@@ -15,6 +15,13 @@ hypothesis.settings.register_profile("signopt", deadline=None, derandomize=True,
 hypothesis.settings.load_profile("signopt")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _forget_compiled_programs():
+    """Otherwise a run of all tests holds several gigabytes of them."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)

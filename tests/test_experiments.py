@@ -155,6 +155,14 @@ def test_batches_take_every_example_once_before_any_twice():
     assert (found != data.batches(1, 12, 4, 7)).any()
 
 
+def test_sorted_shards_show_a_worker_few_labels():
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(8), 20))
+    seen = labels[data.sorted_batches(0, labels, num_workers=4, batch_size=5, steps=16)].reshape(16, 4, 5)
+    assert [set(seen[:, worker].ravel()) for worker in range(4)] == [{0, 1}, {2, 3}, {4, 5}, {6, 7}]
+    shuffled = labels[data.batches(0, 160, 20, 16)].reshape(16, 4, 5)
+    assert len(set(shuffled[:, 0].ravel())) > 4
+
+
 def test_mnist_without_file_or_network_says_how_to_get_it(tmp_path, monkeypatch):
     def unreachable(*args, **kwargs):
         raise urllib.error.URLError("no route to host")
