@@ -14,7 +14,7 @@ _UNROLLED = 128  # ballots that one straight-line program counts; above, a loop 
 _GROUP = 15  # fills four planes exactly
 
 
-def pack(bits: Bool[Array, "... n"]) -> UInt8[Array, "... n/8"]:
+def pack(bits: Bool[Array, "... n"]) -> UInt8[Array, "... b"]:
     """Booleans to bytes along the last axis; the last byte is filled up with zeros.
 
     Examples:
@@ -25,7 +25,7 @@ def pack(bits: Bool[Array, "... n"]) -> UInt8[Array, "... n/8"]:
     return jnp.packbits(bits, axis=-1, bitorder="little")
 
 
-def unpack(packed: UInt8[Array, "... n"]) -> UInt8[Array, "... 8*n"]:
+def unpack(packed: UInt8[Array, "... b"]) -> UInt8[Array, "... 8*b"]:
     """Bytes to zeros and ones along the last axis: the inverse of `pack`.
 
     Examples:
