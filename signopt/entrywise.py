@@ -1,13 +1,13 @@
 """Penalties that are sums over single entries."""
 
-import jax
+from jax.core import Tracer
 import jax.numpy as jnp
 
+from signopt.penalty import Prox
+from signopt.penalty import Scalar
 from signopt.penalty import at_least_zero
 from signopt.penalty import per_leaf
 from signopt.penalty import positive
-from signopt.penalty import Prox
-from signopt.penalty import Scalar
 
 
 def zero() -> Prox:
@@ -165,7 +165,7 @@ def box(lower: Scalar | None = None, upper: Scalar | None = None) -> Prox:
       >>> prox(jnp.array([3.0, -0.5]), 0.1).tolist(), float(prox.value(jnp.array([3.0, -0.5])))
       ([1.0, -0.5], inf)
     """
-    known = not isinstance(lower, jax.core.Tracer) and not isinstance(upper, jax.core.Tracer)
+    known = not isinstance(lower, Tracer) and not isinstance(upper, Tracer)
     if known and lower is not None and upper is not None and not jnp.all(jnp.asarray(lower) <= jnp.asarray(upper)):
         raise ValueError(f"`box(lower=...)` has to be at most `upper`, got lower={lower} and upper={upper}.")
     return per_leaf(

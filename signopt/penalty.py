@@ -8,10 +8,12 @@ import dataclasses
 from typing import Any
 
 import jax
+from jax.core import Tracer
 import jax.numpy as jnp
 import numpy as np
 
 Scalar = float | jax.Array
+Operator = Callable[[Any, Any], Any]  # prox(x, step_size) -> x
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,13 +128,13 @@ def widen(x: jax.Array) -> jax.Array:
 
 def at_least_zero(call: str, argument: str, value: Any) -> None:
     """Raise a `ValueError` if `value` is known and negative or NaN; traced values pass."""
-    if not isinstance(value, jax.core.Tracer) and not np.all(np.asarray(value) >= 0):
+    if not isinstance(value, Tracer) and not np.all(np.asarray(value) >= 0):
         raise ValueError(f"`{call}({argument}=...)` has to be at least 0, got {value}.")
 
 
 def positive(call: str, argument: str, value: Any) -> None:
     """Raise a `ValueError` if `value` is known and not positive; traced values pass."""
-    if not isinstance(value, jax.core.Tracer) and not np.all(np.asarray(value) > 0):
+    if not isinstance(value, Tracer) and not np.all(np.asarray(value) > 0):
         raise ValueError(f"`{call}({argument}=...)` has to be positive, got {value}.")
 
 

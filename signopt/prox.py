@@ -39,20 +39,21 @@ from signopt.entrywise import l2_squared as l2_squared
 from signopt.entrywise import mcp as mcp
 from signopt.entrywise import non_negative as non_negative
 from signopt.entrywise import zero as zero
-from signopt.penalty import as_prox
-from signopt.penalty import positive
+from signopt.penalty import Operator
 from signopt.penalty import Prox as Prox
 from signopt.penalty import Scalar
+from signopt.penalty import as_prox
+from signopt.penalty import positive
 from signopt.penalty import widen
-from signopt.sampled import sampled as sampled
 from signopt.sampled import SampledProx as SampledProx
+from signopt.sampled import sampled as sampled
 from signopt.structured import group_l1 as group_l1
 from signopt.structured import l2 as l2
 from signopt.structured import nuclear_norm as nuclear_norm
 from signopt.structured import total_variation as total_variation
 
 
-def masked(prox: Prox, mask: Any) -> Prox:
+def masked(prox: Prox | SampledProx | Operator, mask: Any) -> Prox:
     """`prox` on some leaves; the others, biases for example, are left alone and not counted in its value.
 
     Args:
@@ -92,7 +93,7 @@ def masked(prox: Prox, mask: Any) -> Prox:
     )
 
 
-def from_projection(projection: Callable[..., Any], *args: Any, tolerance: float = 100.0, **kwargs: Any) -> Prox:
+def from_projection(projection: Callable[..., Any], *args: Any, tolerance: float = 8.0, **kwargs: Any) -> Prox:
     r"""The indicator of a set, from the projection onto it; `optax.projections` has many.
 
     .. math::
@@ -125,7 +126,7 @@ def from_projection(projection: Callable[..., Any], *args: Any, tolerance: float
     return Prox(apply, value)
 
 
-def polish(params: Any, prox: Prox, step_size: Scalar, *, gradient: Any = None) -> Any:
+def polish(params: Any, prox: Prox | SampledProx | Operator, step_size: Scalar, *, gradient: Any = None) -> Any:
     r"""Finish parameters with one last proximal step.
 
     .. math::

@@ -20,32 +20,32 @@ import optax
 
 from signopt import axis
 from signopt import sign
-from signopt import state as states
-from signopt.momentum import finite_only
-from signopt.momentum import scale_by_sign
+from signopt.penalty import Operator
+from signopt.penalty import Prox
 from signopt.penalty import as_prox
 from signopt.penalty import positive
-from signopt.penalty import Prox
 from signopt.penalty import widen
 from signopt.sampled import SampledProx
-from signopt.vote import majority_vote
-from signopt.wire import Wire
 
 _SMALLEST_STEP = 1e-30  # what a schedule that ends at zero is taken for
 
 
 class ScaleByProxGradientState(NamedTuple):
-    """How many mappings were computed.
+    """How far the steps have led, for a step size that follows from it.
 
     Attributes:
       count: int32 scalar: the step that schedules and random draws are at. The same on every worker.
+      travelled: float32 scalar: the sum of `reach` over all steps; 0 without it. The same on every worker.
+      slopes: float32 scalar: the sum of the gradients' root mean squares; 0 without `reach`. Per worker.
     """
 
     count: jax.Array
+    travelled: jax.Array
+    slopes: jax.Array
 
 
 def scale_by_prox_gradient(
-    prox: Prox | SampledProx,
+    prox: Prox | SampledProx | Operator,
     step_size: optax.ScalarOrSchedule | None = None,
     *,
     reach: optax.ScalarOrSchedule | None = None,
@@ -66,8 +66,9 @@ def scale_by_prox_gradient(
         step. Under `optax.inject_hyperparams`, name it in `static_args`.
       step_size: :math:`\tau > 0`, a number or a schedule. Its unit is that of parameters squared over that of the loss.
         For a sum of convex functions of single entries the sign of the mapping does not depend on it.
-      reach: Given instead of a step size, the length :math:`\delta` in the units of parameters that a plain step
-        :math:`\tau g` shall have, in root mean square over all entries: :math:`\tau = \delta / \operatorname{rms}(g)`.
+      reach: Given instead of a step size, how far each entry moves in a step, in the units of parameters: the learning
+        rate :math:`\delta` of a sign step. Then :math:`\tau_t = \sum_{s \le t} \delta_s / \sum_{s \le t}
+        \operatorname{rms}(g_s)`, with which plain gradient steps would have led as far as the sign steps have.
       axis_name: The workers, if each shall draw for itself from a `sampled` penalty.
 
     Returns:
@@ -103,18 +104,23 @@ def scale_by_prox_gradient(
 
     def init_fn(params):
         del params
-        return ScaleByProxGradientState(jnp.zeros([], jnp.int32))
+        return ScaleByProxGradientState(
+            jnp.zeros([], jnp.int32), jnp.zeros([], jnp.float32), jnp.zeros([], jnp.float32)
+        )
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         params = _require_params(params, caller)
         sign.require_floating(updates, caller)
-        tau = jnp.maximum(length(state.count) if callable(length) else length, _SMALLEST_STEP)
+        tau = jnp.asarray(length(state.count) if callable(length) else length, jnp.float32)
         grads = jax.tree.map(widen, updates)
         if not prox.separable:  # a number that is not finite shall cost its own vote only
             grads = jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, 0), grads)
+        travelled, slopes = state.travelled, state.slopes
         if reach is not None:
-            tau = tau / _rms(grads)
+            travelled, slopes = travelled + tau, slopes + _rms(grads)
+            tau = travelled / jnp.where(slopes > 0, slopes, 1)
+        tau = jnp.maximum(tau, _SMALLEST_STEP)
         per_tau = 1 / tau
         drawn = prox.draw(state.count, axis.index(axis_name)) if isinstance(prox, SampledProx) else prox
         arrived = jax.tree.map(lambda x, g: widen(x) - tau * g, params, grads)
@@ -131,7 +137,7 @@ def scale_by_prox_gradient(
             return jnp.where(residual == 0, raw, _keep_sign(out, raw.dtype))
 
         mapped = jax.tree.map(mapping, updates, grads, params, arrived, landed, removed)
-        return mapped, ScaleByProxGradientState(optax.safe_increment(state.count))
+        return mapped, ScaleByProxGradientState(jnp.asarray(optax.safe_increment(state.count)), travelled, slopes)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -147,7 +153,7 @@ class ProxStepState(NamedTuple):
 
 
 def prox_step(
-    prox: Prox | SampledProx, learning_rate: optax.ScalarOrSchedule
+    prox: Prox | SampledProx | Operator, learning_rate: optax.ScalarOrSchedule
 ) -> optax.GradientTransformationExtraArgs:
     r"""Let parameters land on a proximal step: the last link of a chain.
 
@@ -193,7 +199,7 @@ def prox_step(
         del extra_args
         params = _require_params(params, caller)
         sign.require_floating(updates, caller)
-        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        rate = jnp.asarray(learning_rate(state.count) if callable(learning_rate) else learning_rate)
         drawn = prox.draw(state.count) if isinstance(prox, SampledProx) else prox
         landed = drawn(jax.tree.map(lambda x, u: widen(x) + widen(u), params, updates), rate)
 
@@ -202,91 +208,9 @@ def prox_step(
             return (widen(target) - widen(x)).astype(u.dtype)
 
         moves = jax.tree.map(land, params, updates, landed)
-        return moves, ProxStepState(optax.safe_increment(state.count))
+        return moves, ProxStepState(jnp.asarray(optax.safe_increment(state.count)))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def signprox(
-    learning_rate: optax.ScalarOrSchedule,
-    *,
-    prox: Prox | SampledProx,
-    step_size: optax.ScalarOrSchedule | None = None,
-    beta: float | jax.Array | None = None,
-    axis_name: axis.AxisName = None,
-    num_workers: int | None = None,
-    wire: Wire = "two_bit",
-) -> optax.GradientTransformationExtraArgs:
-    r"""SignProx: minimize loss plus penalty by signs, by majority vote if there are several workers.
-
-    .. math::
-      x_{t+1} = x_t - \delta_t \operatorname{sign} \sum_m \operatorname{sign}\big(
-        x_t - \operatorname{prox}_{\tau r}(x_t - \tau g_{m,t})\big)
-
-    The iterates hover within :math:`\delta_t` of the zeros of a penalty: let the learning rate decay and end with
-    `signopt.prox.polish`, which makes the zeros exact.
-
-    Args:
-      learning_rate: :math:`\delta`, a number or a schedule: how far each parameter moves in a step.
-      prox: The penalty :math:`r`, from `signopt.prox`. Under `optax.inject_hyperparams`, name it in `static_args`; to
-        inject its strength, inject a function that makes both, as in the last example.
-      step_size: :math:`\tau`, a number or a schedule. None means the learning rate where the penalty is a sum of convex
-        functions of single entries, since :math:`\tau` then changes no sign. Elsewhere it means :math:`\tau_t = \delta_t
-        / \operatorname{rms}(g_{m,t})`, the step size for which a plain prox-gradient step is as long as the sign step,
-        :math:`\|\tau g\|_2 = \|\delta \operatorname{sign}(g)\|_2`. No other multiple of the learning rate has the right
-        unit: with this one, neither scaling loss and penalty nor rescaling the parameters changes the run, as in
-        signSGD, and as :math:`\delta_t \to 0` the mapping becomes the least-norm subgradient.
-      beta: Decay rate of a momentum ahead of the mapping, with bias correction, since the penalty does not scale with
-        it. None is no momentum, as published.
-      axis_name: The workers, as in `majority_vote`. None is one worker and no communication.
-      num_workers: Size of the axis. If given, what lies left of the vote is kept in a `PerWorkerState`.
-      wire: What travels, as in `majority_vote`.
-
-    Returns:
-      An optimizer that needs `params` in `update`. `update` takes `present=` where it votes.
-
-    Raises:
-      ValueError: If `wire` is unknown, `num_workers` is given without an axis or is not its size, or `step_size` is not
-        positive; in `update`, if `params` is missing.
-      TypeError: If `prox` is no function.
-
-    Examples:
-      >>> import jax.numpy as jnp, optax, signopt
-      >>> tx = signopt.signprox(0.25, prox=signopt.prox.l1(0.5))
-      >>> params, grads = jnp.array([2.0, 0.0, 0.0]), jnp.array([0.25, 0.25, -1.0])
-      >>> tx.update(grads, tx.init(params), params)[0].tolist()
-      [-0.25, -0.0, 0.25]
-      >>> make = lambda learning_rate, strength: signopt.signprox(learning_rate, prox=signopt.prox.l1(strength))
-      >>> tx = optax.inject_hyperparams(make)(learning_rate=0.25, strength=optax.linear_schedule(0.0, 0.5, 100))
-      >>> float(tx.init(params).hyperparams["strength"])
-      0.0
-
-    References:
-      Xu and Kamilov, *SignProx: One-bit proximal algorithm for nonconvex stochastic optimization*, ICASSP 2019. The
-      vote, the momentum and `step_size=None` are ours.
-    """
-    prox = as_prox(prox, "signprox")
-    free = step_size is None and not prox.separable
-    mapping = scale_by_prox_gradient(
-        prox,
-        None if free else learning_rate if step_size is None else step_size,
-        reach=learning_rate if free else None,
-        axis_name=axis_name,
-    )
-    momentum = () if beta is None else (optax.ema(beta, debias=True),)
-    if axis_name is None:
-        if num_workers is not None:
-            raise ValueError(
-                f"`signprox(num_workers=...)` has to come with an axis to vote over, got num_workers={num_workers} and "
-                "axis_name=None. Pass `axis_name=...`, or leave out `num_workers` for one worker."
-            )
-        return optax.chain(*momentum, mapping, scale_by_sign(), optax.scale_by_learning_rate(learning_rate))
-    left = optax.chain(*map(finite_only, momentum), mapping)
-    return optax.chain(
-        left if num_workers is None else states.per_worker(left, num_workers, axis_name=axis_name),
-        majority_vote(axis_name, wire=wire),
-        optax.scale_by_learning_rate(learning_rate),
-    )
 
 
 def _require_params(params, caller):
@@ -299,14 +223,14 @@ def _require_params(params, caller):
 
 
 def _rms(grads):
-    """The root mean square over all entries of a tree; 1 if there is nothing but zeros."""
+    """The root mean square over all entries of a tree; 0 for an empty one."""
     leaves = [g for g in jax.tree.leaves(grads) if g.size]
     if not leaves:
-        return jnp.ones([])
+        return jnp.zeros([], jnp.float32)
     largest = jnp.max(jnp.stack([jnp.max(jnp.abs(g)) for g in leaves]))
     unit = jnp.where(largest > 0, largest, 1)  # so that squares neither overflow nor vanish
     total = sum(jnp.sum((g / unit) ** 2) for g in leaves)
-    return jnp.where(largest > 0, unit * jnp.sqrt(total / sum(g.size for g in leaves)), 1)
+    return (unit * jnp.sqrt(total / sum(g.size for g in leaves))).astype(jnp.float32)
 
 
 def _keep_sign(x, dtype):

@@ -1,17 +1,14 @@
 """Penalties on whole arrays: groups, matrices and chains."""
 
-import math
-
-import jax
 from jax import lax
 import jax.numpy as jnp
 
 from signopt import singular_values
 from signopt import total_variation as chains
-from signopt.penalty import at_least_zero
-from signopt.penalty import per_leaf
 from signopt.penalty import Prox
 from signopt.penalty import Scalar
+from signopt.penalty import at_least_zero
+from signopt.penalty import per_leaf
 
 
 def l2(strength: Scalar) -> Prox:
@@ -33,7 +30,7 @@ def l2(strength: Scalar) -> Prox:
       [3.0, 4.0]
     """
     at_least_zero("l2", "strength", strength)
-    return _shrink_norms(strength, lambda x: x.reshape(1, -1))
+    return _shrink_norms(strength, lambda x: (x, tuple(range(x.ndim))))
 
 
 def group_l1(strength: Scalar, *, axis: int | tuple[int, ...] = 0, group_size: int = 1) -> Prox:
@@ -63,7 +60,7 @@ def group_l1(strength: Scalar, *, axis: int | tuple[int, ...] = 0, group_size: i
         raise ValueError(f"`group_l1(group_size=...)` has to be at least 1, got {group_size}.")
     axes = (axis,) if isinstance(axis, int) else tuple(axis)
 
-    def groups_first(x):
+    def grouped(x):
         if any(not -x.ndim <= k < x.ndim for k in axes):
             raise ValueError(
                 f"`group_l1(axis=...)` has to be an axis of every leaf, got {axis} for a leaf of shape {x.shape}. Leave "
@@ -75,11 +72,15 @@ def group_l1(strength: Scalar, *, axis: int | tuple[int, ...] = 0, group_size: i
                 f"shape {x.shape}. Choose a divisor of {x.shape[axes[-1]]}, or leave that leaf out with "
                 "`signopt.prox.masked`."
             )
-        x = jnp.moveaxis(x, axes, range(len(axes)))
-        num_groups = math.prod(x.shape[: len(axes)]) // group_size
-        return x.reshape(num_groups, x.size // num_groups if num_groups else 0)
+        names = {k % x.ndim for k in axes}
+        if group_size == 1:
+            return x, tuple(k for k in range(x.ndim) if k not in names)
+        split = axes[-1] % x.ndim  # into groups, and neighbours within one
+        shape = (*x.shape[:split], x.shape[split] // group_size, group_size, *x.shape[split + 1 :])
+        names = {k + (k > split) for k in names}
+        return x.reshape(shape), tuple(k for k in range(len(shape)) if k not in names)
 
-    return _shrink_norms(strength, groups_first)
+    return _shrink_norms(strength, grouped)
 
 
 def nuclear_norm(strength: Scalar) -> Prox:
@@ -160,25 +161,25 @@ def total_variation(strength: Scalar, *, axis: int = -1) -> Prox:
     )
 
 
-def _shrink_norms(strength, groups_first):
-    """The group penalty whose groups are the rows of `groups_first(leaf)`."""
+def _shrink_norms(strength, grouped):
+    """The group penalty of `grouped(leaf) -> (leaf, axes)`: what differs along these axes only is one group."""
 
     def apply(y, t):
         return y - residual(y, t)
 
     def residual(y, t):
-        rows, back = jax.vjp(groups_first, y)  # a permutation, so its transpose is its inverse
-        norms = _norms(rows)
+        x, axes = grouped(y)
+        norms = _norms(x, axes)
         survives = norms > t * strength
-        shrunk_by = t * strength / jnp.where(survives, norms, 1)
-        return back(jnp.where(survives, shrunk_by, 1) * rows)[0]
+        share = jnp.where(survives, t * strength / jnp.where(survives, norms, 1), 1)
+        return (share * x).reshape(y.shape) if x.shape != y.shape else share * x
 
-    return per_leaf(apply, lambda x: strength * jnp.sum(_norms(groups_first(x))), residual)
+    return per_leaf(apply, lambda x: strength * jnp.sum(_norms(*grouped(x))), residual)
 
 
-def _norms(rows):
-    """The l2 norm of every row, as a column; no overflow, no underflow, and the gradient of a zero row is zero."""
-    largest = lax.stop_gradient(jnp.max(jnp.abs(rows), axis=1, keepdims=True, initial=0))
+def _norms(x, axes):
+    """The l2 norm over `axes`, which stay; no overflow, no underflow, and the gradient of a zero group is zero."""
+    largest = lax.stop_gradient(jnp.max(jnp.abs(x), axes, keepdims=True, initial=0))
     unit = jnp.where(largest > 0, largest, 1)
-    squares = jnp.sum((rows / unit) ** 2, axis=1, keepdims=True)
+    squares = jnp.sum((x / unit) ** 2, axes, keepdims=True)
     return jnp.where(largest > 0, unit * jnp.sqrt(jnp.where(largest > 0, squares, 1)), 0)

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
+@jax.jit
 def denoise(y: Float[Array, "*rows n"], strength: Float[Array, ""] | float) -> Float[Array, "*rows n"]:
     r"""Minimize the distance to `y` plus the total variation of every row.
 
@@ -71,7 +72,10 @@ def _level(y, strength, is_end, pull):
     first = jnp.roll(is_end, 1).at[0].set(True)
 
     def add(left, right):
-        return (left[0] | right[0], *(jnp.where(right[0], r, le + r) for le, r in zip(left[1:], right[1:], strict=True)))
+        return (
+            left[0] | right[0],
+            *(jnp.where(right[0], r, le + r) for le, r in zip(left[1:], right[1:], strict=True)),
+        )
 
     zero = jnp.zeros([], y.dtype)
     _, total, pulled, count = _scan(add, (first, y, pull, jnp.ones_like(y)), (jnp.array(False), zero, zero, zero))
