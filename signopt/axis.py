@@ -62,7 +62,12 @@ def stack_vmapped(x: jax.Array, vmapped: tuple[Hashable, ...]) -> jax.Array:
     for name in reversed(vmapped):  # vmap cannot gather over a tuple
         # The primitive, because under check_vma all functions of `lax` assert that an axis is one of the mesh.
         x = lax.all_gather_p.bind(
-            x, all_gather_dimension=0, axis_name=(name,), axis_index_groups=None, axis_size=lax.axis_size(name), tiled=True
+            x,
+            all_gather_dimension=0,
+            axis_name=(name,),
+            axis_index_groups=None,
+            axis_size=lax.axis_size(name),
+            tiled=True,
         )
     return x
 

@@ -177,7 +177,9 @@ def deal(ballots: UInt8[Array, "planes n"], axis_name: axis.AxisName) -> UInt8[A
     return on_my_chunk.reshape(num_servers * workers_here, planes, chunk)
 
 
-def collect(decisions: UInt8[Array, "planes chunk"], num_bytes: int, axis_name: axis.AxisName) -> UInt8[Array, "planes n"]:
+def collect(
+    decisions: UInt8[Array, "planes chunk"], num_bytes: int, axis_name: axis.AxisName
+) -> UInt8[Array, "planes n"]:
     """The decisions of all servers, the same on every worker: the second half of `exchange`."""
     devices, _ = axis.devices_and_vmapped(axis_name)
     return axis.join_devices(decisions, devices)[:, :num_bytes] if devices else decisions

@@ -1,0 +1,158 @@
+"""When do signs win? Quadratics of chosen densities, the regime that diagnostics see, and who is faster when tuned.
+
+Bernstein et al. (2018, section 3) compare bounds: SGD should be faster where noise and curvature are both much denser than
+the gradient (regime I), signSGD as fast or faster where neither is (regime II). Here are quadratics with a diagonal Hessian
+in 100 dimensions of both kinds. Densities are measured along the path of the tuned SGD, where it is still on its way (while
+the loss is above twice its last): the typical, median density of the gradient there. The paper's bound takes the smallest,
+which noise alone makes small at some step of many, and then sees regime III where signs win by far. Both methods get the
+best of a sweep of learning rates.
+
+    python -m experiments regimes
+
+Time and numbers to expect are in experiments/README.md.
+"""
+
+from collections.abc import Iterator
+import dataclasses
+import pathlib
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+from matplotlib.figure import Figure
+import numpy as np
+import optax
+import rich.table
+
+from experiments.flags import flag
+from experiments.records import Record
+import signopt
+from signopt import diagnostics
+
+DIMENSION = 100
+RATES = np.geomspace(1e-4, 2.0, 24).astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The flags."""
+
+    steps: int = flag(400, "steps", at_least=1)
+    problems: int = flag(12, "of each kind", at_least=1)
+    runs: int = flag(4, "runs of each learning rate", at_least=1)
+    threshold: float = flag(diagnostics.MUCH_MORE, "what 'much denser' means", at_least=1)
+    workers: int = flag(1, "devices to ask for", at_least=1)
+    seeds: int = flag(1, "seed 0 draws the problems", at_least=1)
+    output: str = flag("results/regimes", "folder for records and plots")
+
+
+def problem(kind: str, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Curvature, noise and start of a quadratic: sparse gradients in dense surroundings (I), or the reverse (II)."""
+    rng = np.random.default_rng(number)
+    few = rng.permutation(DIMENSION)[: 1 + number % 4]
+    magnitudes = rng.uniform(0.5, 1.5, DIMENSION)
+    if kind == "I":
+        start = np.zeros(DIMENSION)
+        start[few] = 10 * magnitudes[few] * rng.choice([-1, 1], len(few))
+        return magnitudes, 0.3 * rng.uniform(0.5, 1.5, DIMENSION), start
+    noise, curvature = np.full(DIMENSION, 0.01), np.full(DIMENSION, 0.3)
+    noise[few] = 10 * magnitudes[few]
+    curvature[few] = 1 + magnitudes[few]
+    return curvature, noise, magnitudes * rng.choice([-1, 1], DIMENSION)
+
+
+def losses(config: Config, make, curvature, noise, start) -> tuple[jax.Array, jax.Array]:
+    """Losses and gradients of all runs: shapes (rates, runs, steps) and (rates, runs, steps, 100)."""
+
+    def one_run(rate, key):
+        optimizer = make(rate)
+
+        def body(state, key):
+            x, opt_state = state
+            gradient = curvature * x
+            updates, opt_state = optimizer.update(gradient + noise * jax.random.normal(key, x.shape), opt_state, x)
+            return (optax.apply_updates(x, updates), opt_state), (jnp.sum(gradient * x) / 2, gradient)
+
+        x = jnp.asarray(start, jnp.float32)
+        return lax.scan(body, (x, optimizer.init(x)), jax.random.split(key, config.steps))[1]
+
+    keys = jax.random.split(jax.random.key(0), config.runs)
+    return jax.jit(jax.vmap(lambda rate: jax.vmap(lambda key: one_run(rate, key))(keys)))(jnp.asarray(RATES))
+
+
+def best(found: jax.Array) -> tuple[int, float]:
+    """The learning rate with the lowest loss over the last tenth, and that loss."""
+    tail = np.asarray(found, np.float64)[:, :, -max(1, found.shape[-1] // 10) :].mean((1, 2))
+    chosen = int(np.nanargmin(np.where(np.isfinite(tail), tail, np.inf)))
+    return chosen, float(tail[chosen])
+
+
+def run(config: Config) -> Iterator[Record]:
+    """Tune both methods on every problem, and look at the densities on SGD's path.
+
+    Yields:
+      A record for each problem.
+    """
+    for kind in ("I", "II"):
+        for number in range(config.problems):
+            curvature, noise, start = problem(kind, number)
+            found, gradients = losses(config, optax.sgd, curvature, noise, start)
+            chosen, sgd = best(found)
+            signs, _ = losses(config, signopt.signsgd, curvature, noise, start)
+            chosen_signs, sign = best(signs)
+            path, on_path = np.asarray(found[chosen, 0]), gradients[chosen, 0]
+            moving = max(1, int(np.argmax(path <= 2 * sgd)) if np.any(path <= 2 * sgd) else len(path))
+            densities = jax.vmap(diagnostics.density)(on_path[:moving])
+            typical = on_path[int(jnp.argsort(densities)[moving // 2])]
+            seen = diagnostics.geometry(typical, jnp.asarray(noise), jnp.asarray(curvature))
+            regime = diagnostics.regime(seen, threshold=config.threshold)
+            agrees = {"I": sgd < sign, "II": sign <= 2 * sgd}.get(regime, False)
+            yield {
+                "chosen": kind,
+                "number": number,
+                "regime": regime,
+                "curvature_ratio": float(seen.curvature_ratio),
+                "noise_ratio": float(seen.noise_ratio),
+                "smallest_density": float(densities.min()),
+                "sgd": sgd,
+                "sign": sign,
+                "learning_rates": [float(RATES[chosen]), float(RATES[chosen_signs])],
+                "agrees": bool(agrees),
+            }
+
+
+def table(records: list[Record]) -> rich.table.Table:
+    """Every problem: its regime, and who won."""
+    agree = sum(record["agrees"] for record in records[1:])
+    drawn = rich.table.Table(title=f"theory and outcome agree on {agree} of {len(records) - 1} problems")
+    for column in ("made for", "measured", "R1", "R2", "SGD's loss", "signSGD's loss", "signSGD / SGD", "agrees"):
+        drawn.add_column(column, justify="right")
+    for r in records[1:]:
+        drawn.add_row(
+            r["chosen"], r["regime"], f"{r['curvature_ratio']:.2f}", f"{r['noise_ratio']:.2f}", f"{r['sgd']:.3g}",
+            f"{r['sign']:.3g}", f"{r['sign'] / r['sgd']:.2f}", "yes" if r["agrees"] else "no",
+        )  # fmt: skip
+    return drawn
+
+
+def plot(records: list[Record], folder: str) -> list[pathlib.Path]:
+    """Draw every problem in the plane of R1 and R2, coloured by who won.
+
+    Returns:
+      The figures' files.
+    """
+    figure = Figure(figsize=(6, 5), layout="constrained")
+    axes = figure.subplots()
+    ratios = [np.log10(r["sign"] / r["sgd"]) for r in records[1:]]
+    limit = max(map(abs, ratios))
+    dots = axes.scatter(
+        [r["curvature_ratio"] for r in records[1:]], [r["noise_ratio"] for r in records[1:]], c=ratios, cmap="coolwarm",
+        vmin=-limit, vmax=limit, edgecolors="black",
+    )  # fmt: skip
+    for line in (axes.axhline, axes.axvline):
+        line(records[0]["config"]["threshold"], color="grey", linestyle="--")
+    figure.colorbar(dots, label="log10 of signSGD's loss over SGD's")
+    axes.set(xlabel="R1", ylabel="R2", xscale="log", yscale="log")
+    path = pathlib.Path(folder) / "regimes.png"
+    figure.savefig(path, dpi=150)
+    return [path]
