@@ -3,19 +3,26 @@
 ::
 
    on every worker, different                  | the only traffic |   on every worker, the same
-   gradient > momentum > (+ residual) > sign --+-- majority vote -+--> weight decay > -learning rate > parameters
+   gradient > momentum > (+ residual) > sign --+-- majority vote -+--> weight decay > -learning rate > prox > parameters
               per-worker state                 |  1 bit / param   |    shared state
 """
 
+from signopt import diagnostics as diagnostics
+from signopt import prox as prox
 from signopt import theory as theory
 from signopt import wire as wire
 from signopt import workers as workers
 from signopt.alias import lion as lion
+from signopt.alias import mh_signsgd as mh_signsgd
+from signopt.alias import signprox as signprox
 from signopt.alias import signsgd as signsgd
 from signopt.alias import signum as signum
 from signopt.means import mean as mean
 from signopt.momentum import scale_by_sign as scale_by_sign
 from signopt.momentum import scale_by_signum as scale_by_signum
+from signopt.signprox import prox_step as prox_step
+from signopt.signprox import scale_by_prox_gradient as scale_by_prox_gradient
+from signopt.step_size import adaptive_majority_vote as adaptive_majority_vote
 from signopt.vote import MajorityVoteState as MajorityVoteState
 from signopt.vote import majority_vote as majority_vote
 

@@ -8,7 +8,16 @@ import optax
 from signopt import axis
 from signopt import state
 from signopt.momentum import finite_only
+from signopt.momentum import scale_by_sign
 from signopt.momentum import scale_by_signum
+from signopt.penalty import Operator
+from signopt.penalty import Prox
+from signopt.penalty import as_prox
+from signopt.sampled import SampledProx
+from signopt.signprox import scale_by_prox_gradient
+from signopt.step_size import Estimator
+from signopt.step_size import Smoothness
+from signopt.step_size import adaptive_majority_vote
 from signopt.vote import majority_vote
 from signopt.wire import Wire
 
@@ -188,6 +197,166 @@ def lion(
     )
 
 
+def signprox(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    prox: Prox | SampledProx | Operator,
+    step_size: optax.ScalarOrSchedule | None = None,
+    beta: float | jax.Array | None = None,
+    axis_name: axis.AxisName = None,
+    num_workers: int | None = None,
+    wire: Wire = "two_bit",
+) -> optax.GradientTransformationExtraArgs:
+    r"""SignProx: minimize loss plus penalty by signs, by majority vote if there are several workers.
+
+    .. math::
+      x_{t+1} = x_t - \delta_t \operatorname{sign} \sum_m \operatorname{sign}\big(
+        x_t - \operatorname{prox}_{\tau r}(x_t - \tau g_{m,t})\big)
+
+    The iterates hover within :math:`\delta_t` of the zeros of a penalty: let the learning rate decay and end with
+    `signopt.prox.polish`, which makes the zeros exact.
+
+    Args:
+      learning_rate: :math:`\delta`, a number or a schedule: how far each parameter moves in a step.
+      prox: The penalty :math:`r`, from `signopt.prox`. Under `optax.inject_hyperparams`, name it in `static_args`; to
+        inject its strength, inject a function that makes both, as in the last example.
+      step_size: :math:`\tau`, a number or a schedule. None means the learning rate where the penalty is a sum of convex
+        functions of single entries, since :math:`\tau` then changes no sign. Elsewhere it means :math:`\tau_t = \sum_{s \le t} \delta_s /
+        \sum_{s \le t} \operatorname{rms}(g_{m,s})`, with which plain steps :math:`\tau g` would have led as far as the
+        sign steps have. It has the unit of a step size, so that neither scaling loss and penalty nor rescaling the
+        parameters changes the run, as in signSGD; and it falls slower than the learning rate, as it has to: the mapping
+        is (up to a matrix near one) the gradient of an envelope whose curvature is :math:`1 / \tau`, and steps much
+        longer than :math:`\tau` times the slope stall on it. If the curvature L of the loss is known, 1 / L is better.
+      beta: Decay rate of a momentum ahead of the mapping, with bias correction, since the penalty does not scale with
+        it. None is no momentum, as published.
+      axis_name: The workers, as in `majority_vote`. None is one worker and no communication.
+      num_workers: Size of the axis. If given, what lies left of the vote is kept in a `PerWorkerState`.
+      wire: What travels, as in `majority_vote`.
+
+    Returns:
+      An optimizer that needs `params` in `update`. `update` takes `present=` where it votes.
+
+    Raises:
+      ValueError: If `wire` is unknown, `num_workers` is given without an axis or is not its size, or `step_size` is not
+        positive; in `update`, if `params` is missing.
+      TypeError: If `prox` is no function.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, signopt
+      >>> tx = signopt.signprox(0.25, prox=signopt.prox.l1(0.5))
+      >>> params, grads = jnp.array([2.0, 0.0, 0.0]), jnp.array([0.25, 0.25, -1.0])
+      >>> tx.update(grads, tx.init(params), params)[0].tolist()
+      [-0.25, -0.0, 0.25]
+      >>> make = lambda learning_rate, strength: signopt.signprox(learning_rate, prox=signopt.prox.l1(strength))
+      >>> tx = optax.inject_hyperparams(make)(learning_rate=0.25, strength=optax.linear_schedule(0.0, 0.5, 100))
+      >>> float(tx.init(params).hyperparams["strength"])
+      0.0
+
+    References:
+      Xu and Kamilov, *SignProx: One-bit proximal algorithm for nonconvex stochastic optimization*, ICASSP 2019. The
+      vote, the momentum and `step_size=None` are ours.
+    """
+    prox = as_prox(prox, "signprox")
+    free = step_size is None and not prox.separable
+    mapping = scale_by_prox_gradient(
+        prox,
+        None if free else learning_rate if step_size is None else step_size,
+        reach=learning_rate if free else None,
+        axis_name=axis_name,
+    )
+    momentum = () if beta is None else (optax.ema(beta, debias=True),)
+    if axis_name is None:
+        _require_axis(num_workers, "signprox")
+        return optax.chain(*momentum, mapping, scale_by_sign(), optax.scale_by_learning_rate(learning_rate))
+    return optax.chain(
+        _on_each_worker(optax.chain(*map(finite_only, momentum), mapping), axis_name, num_workers),
+        majority_vote(axis_name, wire=wire),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def mh_signsgd(
+    *,
+    axis_name: axis.AxisName,
+    num_workers: int | None = None,
+    beta: float | jax.Array = 0.95,
+    smoothness: Smoothness = "dimension",
+    estimator: Estimator = "margin",
+    wire: Wire = "one_bit",
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Any = None,
+    accumulator_dtype: Any = None,
+    refresh_every: int = 100,
+    key: jax.Array | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Adaptive MH-signSGD: a vote over momenta that finds its own learning rate. There is none to tune.
+
+    .. math::
+      m_{m,t+1} = \beta m_{m,t} + (1 - \beta) g_{m,t}, \qquad
+      x_{t+1} = x_t - \eta_t \Big(\operatorname{sign}\sum_m \operatorname{sign}(m_{m,t+1}) + \lambda x_t\Big)
+
+    with :math:`\eta_t` as in `adaptive_majority_vote`, from the momenta after bias correction. It falls by itself as the
+    gradient does. The defaults are measured (`experiments/toy_noise.py`, `experiments/adaptive.py`). Vote with mini-batches,
+    not single examples, where gradients are skewed, as in classification.
+
+    Args:
+      axis_name: The workers, at least two unless the estimator is "exact".
+      num_workers: Size of the axis, as in `signum`.
+      beta: :math:`\beta` in [0, 1), the decay rate of the momentum; 0 votes with gradients, as the paper does. Larger is
+        better against noise: on the paper's toy with 8 voters the loss ends at 0.058, 0.050 and 0.039 for 0.9, 0.95 and
+        0.98 (0.165 at a fixed rate, 0.146 with the paper's estimator), but slower to follow the gradient.
+      smoothness: :math:`\|L\|_1`, as in `adaptive_majority_vote`.
+      estimator: How the learning rate is found, as in `adaptive_majority_vote`.
+      wire: What travels, as in `majority_vote`.
+      weight_decay: :math:`\lambda`, decoupled: it acts after the vote, and shrinks with the learning rate.
+      mask: Which leaves decay, as in `optax.add_decayed_weights`.
+      accumulator_dtype: Dtype of the momentum; that of the parameters if None.
+      refresh_every: With `smoothness="curvature"`, the number of steps between two measurements.
+      key: With `smoothness="curvature"`, the random key of the measurements.
+
+    Returns:
+      An optimizer. `update` takes `present=`, and with `smoothness="curvature"` needs `value_fn=`. The learning rate of the
+      last step is `optax.tree.get(state, "learning_rate")`.
+
+    Raises:
+      ValueError: If `beta` is outside [0, 1), or as `adaptive_majority_vote` does.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, signopt
+      >>> tx = signopt.mh_signsgd(axis_name="worker", num_workers=2)
+      >>> def step(carry, noise):
+      ...     params, state = carry
+      ...     updates, state = tx.update(params + noise[0], state, params)
+      ...     return (optax.apply_updates(params, updates), state), optax.tree.get(state, "learning_rate")
+      >>> run = signopt.workers.simulate(step, 2, axis_name="worker")
+      >>> params = jnp.array([3.0, -1.0])
+      >>> (params, _), rates = run((params, tx.init(params)), jnp.zeros((2, 2)))
+      >>> jnp.round(params, 4).tolist(), jnp.round(rates, 4).tolist()  # (3 + 1) / 2
+      ([1.0, 1.0], [2.0, 2.0])
+
+    References:
+      Algorithm 1 of Yang et al., Adaptive Multi-Hierarchical signSGD, 2020, which has no momentum; its choice is
+      `beta=0.0, estimator="exact", wire="psum"`.
+    """
+    if not isinstance(beta, jax.Array) and not 0 <= beta < 1:
+        raise ValueError(f"`mh_signsgd(beta=...)` has to be in [0, 1), got {beta}.")
+    momentum = finite_only(optax.ema(beta, accumulator_dtype=accumulator_dtype), caller="mh_signsgd")
+    vote_at_a_rate = adaptive_majority_vote(
+        axis_name,
+        smoothness=smoothness,
+        estimator=estimator,
+        wire=wire,
+        scaled=None if _is_zero(weight_decay) else optax.add_decayed_weights(weight_decay, mask),
+        refresh_every=refresh_every,
+        key=key,
+    )
+    return optax.chain(
+        _on_each_worker(momentum, axis_name, num_workers),
+        vote_at_a_rate,
+        optax.scale(-1.0),
+    )
+
+
 def _on_each_worker(tx, axis_name, num_workers):
     """What lies left of the vote: on every worker, with a state of its own if their number is known."""
     if num_workers is None:
@@ -209,10 +378,13 @@ def _decayed(tx, weight_decay, mask):
     So the state is that of optax's own sign optimizers whatever the weight decay, and only a Python 0 needs no params.
     """
     decay = optax.add_decayed_weights(weight_decay, mask)
-    is_off = isinstance(weight_decay, int | float) and weight_decay == 0
 
     def update_fn(updates, state, params=None):
         updates, _ = tx.update(updates, optax.EmptyState(), params)
-        return (updates, state) if is_off else decay.update(updates, state, params)
+        return (updates, state) if _is_zero(weight_decay) else decay.update(updates, state, params)
 
     return optax.GradientTransformation(decay.init, update_fn)
+
+
+def _is_zero(weight_decay):
+    return isinstance(weight_decay, int | float) and weight_decay == 0

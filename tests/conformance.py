@@ -57,7 +57,7 @@ def with_axis(transform, num_workers):
     return optax.GradientTransformationExtraArgs(transform.init, update)
 
 
-def on_every_wire(name, factory, workers, **kwargs):
+def on_every_wire(name, factory, workers, static_args=("num_workers",), **kwargs):
     """One row per wire of an optimizer whose border is a vote."""
     return tuple(
         Row(
@@ -65,18 +65,38 @@ def on_every_wire(name, factory, workers, **kwargs):
             factory=factory,
             kwargs={"axis_name": AXIS, "wire": wire} | kwargs,
             workers=workers,
-            static_args=("num_workers",),
+            static_args=static_args,
         )
         for wire in WIRES
     )
 
+
+def _no_rate(learning_rate, axis_name, num_workers, smoothness):
+    """`mh_signsgd` finds its learning rate itself."""
+    del learning_rate
+    return signopt.mh_signsgd(axis_name=axis_name, num_workers=num_workers, smoothness=smoothness)
+
+
+_MH = {"axis_name": AXIS, "num_workers": 3, "smoothness": 2000.0}  # the curvature of Rosenbrock's valley
 
 ROWS = (
     Row("signsgd", signopt.signsgd),
     Row("signum", signopt.signum),
     Row("lion", signopt.lion, {"weight_decay": 1e-4}),
     Row("signum-decay", signopt.signum, {"weight_decay": 1e-4}),
+    Row("signprox", signopt.signprox, {"prox": signopt.prox.l1(1e-6)}, static_args=("prox",)),
+    Row("signprox-group", signopt.signprox, {"prox": signopt.prox.l2(1e-6), "beta": 0.9}, static_args=("prox",)),
     *on_every_wire("signsgd", signopt.signsgd, workers=1),
     *on_every_wire("signum", signopt.signum, workers=3, num_workers=3),
     *on_every_wire("lion", signopt.lion, workers=2, num_workers=2, weight_decay=1e-4),
+    Row("mh_signsgd", _no_rate, _MH, workers=3, static_args=("num_workers",)),
+    *on_every_wire(
+        "signprox",
+        signopt.signprox,
+        workers=3,
+        static_args=("num_workers", "prox"),
+        num_workers=3,
+        beta=0.9,
+        prox=signopt.prox.l2(1e-6),
+    ),
 )
