@@ -4,6 +4,7 @@ Completion of a 40 x 40 matrix of rank 3, of which half is seen, for condition n
 nuclear norm; and denoising of a piecewise constant signal with the total variation. Figure: the objective's gap to its
 minimum against steps, for SignProx with its default step size, with 1 / L (L the curvature), with a step size that falls
 with the learning rate (which stalls), and for the proximal gradient method; the recovered singular values; the signal.
+Table: where each ends, the rank or the number of pieces found, and the error.
 
     python -m experiments low_rank
 

@@ -330,3 +330,62 @@ def test_table_and_plot_need_nothing_but_records(tmp_path, monkeypatch):
     np.testing.assert_allclose(by_step.lines[0].get_xydata(), [[10, 0.6], [20, 0.85]])
     np.testing.assert_allclose(by_megabytes.lines[0].get_xydata(), [[1, 0.6], [2, 0.85]])
     assert by_megabytes.get_xscale() == "log"
+
+
+# ---- proximal steps -------------------------------------------------------------------------------------------------
+
+
+def run_command(name, tmp_path, *arguments):
+    """The records of any experiment, run by the command, which also draws its table and figures."""
+    command.main([name, *arguments, "--output", str(tmp_path)])
+    assert len(list(tmp_path.glob("*.png"))) >= 1
+    return records.read(tmp_path / records.FILE)
+
+
+def test_signprox_finds_the_minimum_of_the_lasso_and_the_prox_of_a_sign_does_not(tmp_path):
+    short = ["--steps", "1500", "--looks", "2", "--workers", "2", "--seeds", "1"]
+    found = run_command("signprox", tmp_path, "--problem", "lasso", *short)
+    last = {record["method"]: record for record in found[1:]}  # of each method
+    one_worker, naive = last["signprox, one worker"], last["prox of sign"]
+    assert one_worker["gap"] < 1e-3 < 0.05 < naive["gap"]
+    assert one_worker["support_errors"] == 0
+    assert naive["nonzero"] == 100  # of 100: it sets nothing to zero
+    voted, floats = last["signprox, voted"], last["proximal SGD, float32 mean"]
+    # 100 bits in 2 chunks of whole bytes are 112.
+    assert floats["bits_per_parameter"] / voted["bits_per_parameter"] == pytest.approx(32 * 100 / 112)
+
+
+def test_a_sparse_network_drops_more_for_a_stronger_penalty_and_keeps_it_dropped(tmp_path):
+    short = ["--strengths", "0.2,5", "--steps", "60", "--refit_steps", "20", "--learning_rate", "0.01", "--seeds", "1"]
+    found = run_command("sparse_network", tmp_path, "--groups", "pixels", "--validation", *short)[1:]
+    curve = [record for record in found if record["kind"] == "pixels"]
+    assert [record["strength"] for record in curve] == [0, 0.2, 5]
+    dropped = [record["dropped"] for record in curve]
+    assert dropped[0] == 0 < dropped[1] < dropped[2] == 1
+    assert [sum(record["surviving_pixels"]) for record in curve] == [64 * (1 - share) for share in dropped]
+    for record in curve:  # counted on the 287 held-out images, not on the 360 test images
+        assert record["test_accuracy"] * 287 == pytest.approx(round(record["test_accuracy"] * 287), abs=1e-3)
+    assert curve[0]["test_accuracy"] > 0.8 > 0.3 > curve[2]["test_accuracy"]  # biases are all that is left
+    shares = {record["kind"]: record["share_of_one_bit_weights"] for record in found if "weights" in record["kind"]}
+    assert shares == {"float weights": 0, "one_bit weights": 1}
+
+
+def test_low_rank_truths_and_constant_pieces_are_found_and_a_falling_step_size_stalls(tmp_path):
+    small = ["--size", "12", "--rank", "1", "--condition", "1", "--points", "100", "--pieces", "3", "--seeds", "1"]
+    found = run_command("low_rank", tmp_path, *small, "--steps", "2000", "--looks", "2")[1:]
+    ends = {(r["problem"], r["method"]): r for r in found if "gap_after_polish" in r}
+    gap = {name: end["gap_after_polish"] / end["minimum"] for name, end in ends.items()}
+    for problem in ("completion, condition 1", "denoising"):
+        assert gap[problem, "signprox"] < 1e-8
+    assert gap["completion, condition 1", "signprox, falling"] > 1e-7
+    assert ends["completion, condition 1", "signprox"]["rank"] == 1
+    smooth = ends["denoising", "signprox"]
+    assert smooth["error"] < smooth["error_of_noisy"] / 2
+
+
+def test_prox_time_times_every_program_as_often_as_asked(tmp_path):
+    found = run_command("prox_time", tmp_path, "--parameters", "5000", "--points", "100,200", "--repeats", "3")[1:]
+    assert [len(record["seconds"]) for record in found] == [3] * (5 + 2 * 4)
+    assert all(0 < second < 10 for record in found for second in record["seconds"])
+    assert [r["size"] for r in found if r["kind"] == "step"] == [5000] * 5
+    assert {r["size"] for r in found if r["kind"] == "total variation"} == {100, 200}
