@@ -3,7 +3,7 @@
 Left: the probability of a wrong sign against the signal-to-noise ratio, and what Gauss, Cantelli and Markov allow (Bernstein
 et al., 2018, sections 3 and 4). Middle: the paper's skewed example, gradients of 50 with probability 0.1, else -1: the mean
 is 4.1, yet the more workers vote, the surer they are of the wrong sign. Right: rates of convergence on a quadratic, and
-their bounds, by theorem; the one of the follow-up paper (2019, theorem 1) is the tightest.
+their bounds, by theorem; the one of the follow-up paper (2019, theorem 1) is the tightest. The papers prove this and draw no figure of it.
 
     python -m experiments bounds
 

@@ -3,7 +3,7 @@
 f(x) = |x|^2 / 2 with normal noise on every coordinate of every worker's gradient, and a vote of M = 1 to 1,024 workers with
 one learning rate. The paper (Yang et al., 2020, theorem 1 and remark 1) proves that its bound on the *squared* norm falls
 so, where earlier bounds stop at a neighbourhood. Near the minimum a coordinate is a random walk with steps of the learning
-rate d and a drift of 2 sqrt(M) x / (pi s), so its mean square is pi s d / (4 sqrt(M)), until steps themselves show.
+rate d and a drift of 2 sqrt(M) x / (pi s), so its mean square is pi s d / (4 sqrt(M)), until steps themselves show. The paper has no figure of this.
 
     python -m experiments large_system
 

@@ -5,7 +5,7 @@ the gradient (regime I), signSGD as fast or faster where neither is (regime II).
 in 100 dimensions of both kinds. Densities are measured along the path of the tuned SGD, where it is still on its way (while
 the loss is above twice its last): the typical, median density of the gradient there. The paper's bound takes the smallest,
 which noise alone makes small at some step of many, and then sees regime III where signs win by far. Both methods get the
-best of a sweep of learning rates.
+best of a sweep of learning rates. The paper has no figure of this.
 
     python -m experiments regimes
 

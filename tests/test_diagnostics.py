@@ -62,7 +62,7 @@ def test_density_can_be_watched_inside_a_chain():
 
 def moments_of(samples):
     step = lambda moments, x: (diagnostics.update_moments(moments, x), None)
-    return jax.lax.scan(step, diagnostics.init_moments(samples[0]), samples)[0]
+    return jax.jit(lambda samples: jax.lax.scan(step, diagnostics.init_moments(samples[0]), samples)[0])(samples)
 
 
 @pytest.mark.parametrize("dtype", (jnp.float32, jnp.bfloat16))
@@ -153,13 +153,13 @@ def test_signal_to_noise_without_noise_or_signal():
 def test_sign_error_is_measured_within_its_bounds():
     true = jnp.array([0.2, -0.8, 2.0])
     samples = true + jax.random.normal(jax.random.key(0), (20_000, 3))
-    found = diagnostics.sign_error_probability(samples, true)
+    found = jax.jit(diagnostics.sign_error_probability)(samples, true)
     expected = theory.sign_error_normal(jnp.abs(true))
     assert np.all(np.abs(found - expected) <= 5 * np.sqrt(expected / 20_000))
     ratios = diagnostics.signal_to_noise(moments_of(samples))
     assert np.all(found <= theory.sign_error_gauss(ratios)) and np.all(found <= theory.sign_error_cantelli(ratios))
     skewed = jnp.where(jax.random.bernoulli(jax.random.key(0), 0.1, (20_000, 1)), 50.0, -1.0)
-    assert float(diagnostics.sign_error_probability(skewed)[0]) == pytest.approx(0.9, abs=0.02)
+    assert float(jax.jit(diagnostics.sign_error_probability)(skewed)[0]) == pytest.approx(0.9, abs=0.02)
     ratio = diagnostics.signal_to_noise(moments_of(skewed))
     assert float(theory.sign_error_gauss(ratio)[0]) < 0.5  # the negative control: it breaks what Gauss assumes
 
@@ -263,7 +263,7 @@ def test_hutchinson_is_exact_for_diagonal_hessians_and_unbiased_for_others(rng):
     a = rng.normal(size=(6, 6))
     hessian = jnp.asarray(a @ a.T, jnp.float32)
     estimate = lambda key: diagnostics.hessian_diagonal(lambda x: x @ hessian @ x / 2, jnp.zeros(6), key, probes=1)
-    found = jax.vmap(estimate)(jax.random.split(jax.random.key(0), 4000))
+    found = jax.jit(jax.vmap(estimate))(jax.random.split(jax.random.key(0), 4000))
     variance = (hessian**2).sum(1) - jnp.diag(hessian) ** 2
     assert np.all(np.abs(found.mean(0) - jnp.diag(hessian)) <= 5 * np.sqrt(variance / 4000))
     assert np.allclose(found.var(0), variance, rtol=0.2)

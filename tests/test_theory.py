@@ -34,7 +34,7 @@ NOISES = {  # unit variance
 }
 
 
-@functools.partial(jax.jit, static_argnames=("workers", "runs", "bad", "beta", "warmup", "noise"))
+@functools.partial(jax.jit, static_argnames=("workers", "runs", "noise"))
 def descend(learning_rates, batch_sizes, workers=1, runs=64, bad=0, beta=0.0, warmup=0, noise="normal"):
     """Step along the sign of a vote over momenta; returns gradients and momenta `(runs, steps, 8)` and the last loss."""
     draw = NOISES[noise]
@@ -48,7 +48,7 @@ def descend(learning_rates, batch_sizes, workers=1, runs=64, bad=0, beta=0.0, wa
             seen = true + DEVIATION / jnp.sqrt(batch) * draw(jax.random.fold_in(key, k), (workers, 8))
             momentum = beta * momentum + (1 - beta) * seen
             voted = jnp.where(k < warmup, seen, momentum)
-            votes = jnp.sign(voted).at[:bad].multiply(-1)
+            votes = jnp.where(jnp.arange(workers)[:, None] < bad, -1, 1) * jnp.sign(voted)
             x = x - rate * jnp.sign(votes.sum(0))
             return (x, momentum), (true, momentum[0] / (1 - beta ** (k + 1)))
 
@@ -170,9 +170,9 @@ def test_more_workers_make_the_vote_on_skewed_noise_worse_and_averaging_better()
 # ---- rates -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("workers", (1, 7))
+@pytest.mark.parametrize("workers", (1, 9))
 def test_theorems_1_and_2_hold_and_are_loose(workers):
-    for steps in (100, 1600):
+    for steps in (100, 400):
         rate = 1 / math.sqrt(SMOOTHNESS * steps)
         gradients, _, _ = descend(constant(rate, steps), constant(steps, steps), workers=workers)
         measured = l1(gradients).min(-1).mean()
@@ -388,7 +388,7 @@ def test_mh_signsgd_rate_holds_for_batches_of_one(workers):
     assert 0.005 < measured / bound < 0.5
 
 
-def greedy_descent(steps, workers, runs=64):
+def greedy_descent(steps, workers, runs=16):
     def one_run(key):
         def step(x, key):
             true = CURVATURE * x
@@ -417,12 +417,12 @@ def test_decrease_is_exact_on_a_diagonal_quadratic_and_zero_at_twice_the_greedy_
     true = jnp.asarray(CURVATURE * START)
     wrong = theory.sign_error_normal(jnp.abs(true) / (3 * DEVIATION))
     greedy = theory.greedy_learning_rate(true, wrong, smoothness=SMOOTHNESS)
-    seen = true + 3 * DEVIATION * jax.random.normal(jax.random.key(0), (200_000, 8))
+    seen = true + 3 * DEVIATION * jax.random.normal(jax.random.key(0), (20_000, 8))
     for factor in (0.5, 1.0, 2.0):
         x = START - factor * greedy * jnp.sign(seen)
         lowered = GAP - (CURVATURE * x**2).sum(-1) / 2
         expected = float(theory.decrease(factor * greedy, true, wrong, smoothness=SMOOTHNESS))
-        assert abs(float(lowered.mean()) - expected) <= 5 * float(lowered.std()) / math.sqrt(200_000)
+        assert abs(float(lowered.mean()) - expected) <= 5 * float(lowered.std()) / math.sqrt(20_000)
     at_greedy = float(theory.decrease(greedy, true, wrong, smoothness=SMOOTHNESS))
     assert float(theory.decrease(2 * greedy, true, wrong, smoothness=SMOOTHNESS)) == pytest.approx(
         0, abs=1e-5 * at_greedy

@@ -1,0 +1,169 @@
+"""What looking costs: the margin estimator beside a plain one-bit vote, and a Welford pass beside the gradients it sees.
+
+Times of whole programs on host devices: a one-bit vote of every parameter against the same vote with the learning rate that
+`signopt.step_size.adaptive_majority_vote` finds from its margins; and the gradients of a network over a stack of
+mini-batches, summed, against `signopt.diagnostics.gradient_moments` of the same. No figure of a paper; the limits are
+1.30 for the vote and 1.2 for the pass. On a shared machine single times jump by half, so both programs of a pair take
+turns in one process, the one that goes first changes every round, and what is compared is the median of the ratios of rounds.
+
+    python -m experiments vote_cost
+
+Time and numbers to expect are in experiments/README.md.
+"""
+
+from collections.abc import Callable, Iterator
+import dataclasses
+import itertools
+import pathlib
+import statistics
+import time
+from typing import Any, cast
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+from matplotlib.figure import Figure
+import optax
+import rich.table
+
+from experiments import devices
+from experiments import runners
+from experiments.flags import flag
+from experiments.records import Record
+import signopt
+from signopt import diagnostics
+from signopt import step_size
+from signopt import wire as wires
+
+AXIS = runners.AXIS
+LIMITS = {"vote": 1.30, "Welford pass": 1.2}
+LEAVES = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The flags."""
+
+    parameters: int = flag(4_000_000, "parameters of the vote", at_least=LEAVES)
+    workers: int = flag(8, "voters, each on a device of its own", at_least=2)
+    wire: str = flag("one_bit", "how votes travel", choices=("one_bit", "two_bit"))
+    width: int = flag(1024, "of the four hidden layers of the network that the Welford pass looks at", at_least=1)
+    batches: int = flag(8, "mini-batches of the Welford pass", at_least=2)
+    batch_size: int = flag(64, "examples in one of them", at_least=1)
+    rounds: int = flag(31, "how often each pair is timed", at_least=1)
+    seeds: int = flag(1, "one: times do not depend on it", at_least=1)
+    output: str = flag("results/vote_cost", "folder for records and plots")
+
+
+def run(config: Config) -> Iterator[Record]:
+    """Time both pairs.
+
+    Yields:
+      A record for each pair, with the seconds of both programs in every round.
+    """
+    for kind, size, plain, more in (("vote", *votes(config)), ("Welford pass", *passes(config))):
+        seconds = take_turns(plain, more, config.rounds)
+        yield {"kind": kind, "parameters": size, "plain": seconds[0], "more": seconds[1], "limit": LIMITS[kind]}
+
+
+def votes(config: Config) -> tuple[int, Callable[[], Any], Callable[[], Any]]:
+    """The number of parameters, a plain vote on as many devices as workers, and one that finds its learning rate."""
+    workers = config.workers
+    mesh = jax.make_mesh((workers,), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,), devices=devices.take(workers))
+    size, wire = config.parameters // LEAVES, cast(wires.Wire, config.wire)
+    shared, own = (jax.sharding.NamedSharding(mesh, spec) for spec in (jax.P(), jax.P(AXIS)))
+    keys = jax.random.split(jax.random.key(0), LEAVES)
+    values = jax.device_put([jax.random.normal(key, (workers, size)) for key in keys], own)
+
+    def program(tx):
+        state = jax.device_put(tx.init([jnp.zeros(size)] * LEAVES), shared)
+
+        def body(updates, state):
+            return tx.update(jax.tree.map(lambda x: x[0], updates), state)
+
+        mapped = jax.shard_map(body, mesh=mesh, in_specs=(jax.P(AXIS), jax.P()), out_specs=jax.P())
+        compiled = jax.jit(mapped)
+        return lambda: compiled(values, state)
+
+    # Both end in updates of a learning rate's length, as optimizers do.
+    plain = optax.chain(signopt.majority_vote(AXIS, wire=wire), optax.scale(-1e-3))
+    adaptive = optax.chain(step_size.adaptive_majority_vote(AXIS, wire=wire), optax.scale(-1.0))
+    return LEAVES * size, program(plain), program(adaptive)
+
+
+def passes(config: Config) -> tuple[int, Callable[[], Any], Callable[[], Any]]:
+    """The number of parameters of a network, its mini-batch gradients summed, and their moments."""
+    sizes = (64, *[config.width] * 4, 10)
+    keys = iter(jax.random.split(jax.random.key(0), 2 * len(sizes)))
+    params = [jax.random.normal(next(keys), (m, n)) / m**0.5 for m, n in itertools.pairwise(sizes)]
+    batches = jax.random.normal(next(keys), (config.batches, config.batch_size, sizes[0]))
+
+    def loss(params, x):
+        for layer in params[:-1]:
+            x = jax.nn.relu(x @ layer)
+        return jnp.mean((x @ params[-1]) ** 2)
+
+    def summed(params, batches):
+        def add(total, batch):
+            return jax.tree.map(jnp.add, total, jax.grad(loss)(params, batch)), None
+
+        return lax.scan(add, jax.tree.map(jnp.zeros_like, params), batches)[0]
+
+    def moments(params, batches):
+        return diagnostics.gradient_moments(jax.grad(loss), params, batches)
+
+    plain, more = jax.jit(summed), jax.jit(moments)
+    size = sum(layer.size for layer in params)
+    return size, lambda: plain(params, batches), lambda: more(params, batches)
+
+
+def take_turns(one: Callable[[], Any], other: Callable[[], Any], rounds: int) -> tuple[list[float], list[float]]:
+    """The seconds that each of two programs takes in every round; compilation is not counted."""
+    programs, seconds = (one, other), ([], [])
+    for program in programs:
+        jax.block_until_ready(program())
+    for turn in range(rounds):
+        for i in (0, 1) if turn % 2 == 0 else (1, 0):
+            begin = time.perf_counter()
+            jax.block_until_ready(programs[i]())
+            seconds[i].append(time.perf_counter() - begin)
+    return seconds
+
+
+def ratios(record: Record) -> list[float]:
+    """By how much the second program takes longer than the first, round by round."""
+    return [more / plain for plain, more in zip(record["plain"], record["more"], strict=True)]
+
+
+def table(records: list[Record]) -> rich.table.Table:
+    """The median times, and the median of their ratios."""
+    drawn = rich.table.Table(title=f"{records[0]['cores']} cores, {records[0]['device']}, medians of rounds")
+    for column in ("what", "parameters", "plain, ms", "this, ms", "ratio", "quartiles", "limit"):
+        drawn.add_column(column, justify="left" if column == "what" else "right")
+    for r in records[1:]:
+        plain, more = (1e3 * statistics.median(r[name]) for name in ("plain", "more"))
+        found = ratios(r)
+        low, _, high = statistics.quantiles(found, method="inclusive") if len(found) > 1 else found * 3
+        drawn.add_row(
+            r["kind"], f"{r['parameters']:,}", f"{plain:.1f}", f"{more:.1f}", f"{statistics.median(found):.3f}",
+            f"{low:.2f} to {high:.2f}", f"{r['limit']:.2f}",
+        )  # fmt: skip
+    return drawn
+
+
+def plot(records: list[Record], folder: str) -> list[pathlib.Path]:
+    """Draw the ratios of all rounds and the limits.
+
+    Returns:
+      The figures' files.
+    """
+    figure = Figure(figsize=(5, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.boxplot([ratios(r) for r in records[1:]], tick_labels=[r["kind"] for r in records[1:]])
+    for i, r in enumerate(records[1:], start=1):
+        axes.hlines(r["limit"], i - 0.3, i + 0.3, color="grey", linestyle="--", label="limit" if i == 1 else "")
+    axes.set(ylabel="time, as a multiple of the plain program's")
+    axes.legend()
+    path = pathlib.Path(folder) / "vote_cost.png"
+    figure.savefig(path, dpi=150)
+    return [path]

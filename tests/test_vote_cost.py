@@ -1,0 +1,37 @@
+"""The cost of looking: what is recorded, not how long it took."""
+
+import dataclasses
+
+import pytest
+
+from experiments import records
+from experiments import vote_cost
+
+TINY = vote_cost.Config(parameters=1000, workers=2, width=4, batches=2, batch_size=3, rounds=3)
+
+
+@pytest.mark.parametrize("wire", ("one_bit", "two_bit"))
+def test_both_pairs_are_timed_as_often_as_asked(wire, tmp_path, devices):
+    config = dataclasses.replace(TINY, wire=wire, output=str(tmp_path))
+    path = records.write(config.output, records.header("vote_cost", config), vote_cost.run(config))
+    header, *found = records.read(path)
+    assert header["config"]["wire"] == wire and header["cores"] >= 1 and "jax" in header["versions"]
+    assert [r["kind"] for r in found] == ["vote", "Welford pass"]
+    assert [r["limit"] for r in found] == [1.30, 1.2]
+    assert [r["parameters"] for r in found] == [1000 // 16 * 16, 64 * 4 + 3 * 4 * 4 + 4 * 10]
+    assert all(len(r[name]) == 3 and min(r[name]) > 0 for r in found for name in ("plain", "more"))
+    assert vote_cost.table([header, *found]).row_count == 2
+    (figure,) = vote_cost.plot([header, *found], config.output)
+    assert figure.exists()
+
+
+def test_programs_take_turns_and_who_goes_first_changes():
+    calls = []
+    one, other = lambda: calls.append("one"), lambda: calls.append("other")
+    seconds = vote_cost.take_turns(one, other, rounds=3)
+    assert calls == ["one", "other", "one", "other", "other", "one", "one", "other"]  # the first two compile
+    assert [len(s) for s in seconds] == [3, 3]
+
+
+def test_ratios_are_those_of_the_same_round():
+    assert vote_cost.ratios({"plain": [1.0, 2.0], "more": [2.0, 3.0]}) == [2.0, 1.5]
