@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> None:
     devices.prepare(config.workers)
     try:
         path = records.write(config.output, records.header(name, config), experiment.run(config))
-    except FileNotFoundError as error:
+    except OSError as error:  # no such data, or nothing to go on from
         sys.exit(f"error: {error}")
     done = records.read(path)
     figures = experiment.plot(done, config.output)

@@ -6,6 +6,7 @@ and all take a step along the majority's. Learning rates follow a cosine to zero
 
     python -m experiments train
     python -m experiments train --runner simulate --seeds 10 --wire one_bit,two_bit
+    python -m experiments train --checkpoint results/checkpoint             # and after a crash the same with --resume
 
 Time and numbers to expect are in experiments/README.md.
 """
@@ -25,6 +26,7 @@ import optax
 import rich.progress
 import rich.table
 
+from experiments import checkpoints
 from experiments import data
 from experiments import models
 from experiments import optimizers
@@ -56,7 +58,13 @@ class Config:
     learning_rate: float | None = flag(None, "peak of the cosine schedule; each optimizer's own if None", at_least=0)
     seeds: int = flag(3, "number of runs: seeds 0, 1, 2, ...", at_least=1)
     evaluate_every: int = flag(25, "steps between two looks at the test images", at_least=1)
+    checkpoint: str = flag("", "folder for checkpoints, one at each look at the test images; none if empty")
+    resume: bool = flag(False, "go on from the newest checkpoint, on as many workers as this run has")
     output: str = flag("results/train", "folder for records and plots")
+
+
+# What a run that goes on has to share with the one that wrote the checkpoint.
+_FIXED = ("dataset", "data_file", "validation", "steps", "batch_size", "learning_rate", "seeds", "evaluate_every")
 
 
 class TrainState(NamedTuple):
@@ -74,44 +82,101 @@ class TrainState(NamedTuple):
 def run(config: Config) -> Iterator[Record]:
     """Train with each optimizer over each wire, and look at the test images on the way.
 
-    Yields:
-      A record for each optimizer, wire, seed and look at the test images.
+    Returns:
+      A record for each optimizer, wire, seed and look at the test images. A run that goes on repeats those from before
+      its checkpoint.
+
+    Raises:
+      CheckpointError: Before anything is trained or written, if there is nothing to go on from or it would be lost.
     """
+    runs = [(name, wire) for name in config.optimizer for wire in _wires(config, name)]
+    saved = _open_checkpoints(config, runs)  # now, not when the first record is asked for
+    return _run(config, runs, saved)
+
+
+def _run(config, runs, saved):
     dataset = data.load(config.dataset, config.data_file)
     dataset = data.hold_out(dataset) if config.validation else dataset
     net = models.network(MODELS[config.dataset], dataset.train_images.shape[1:])
     columns = ("{task.description}", rich.progress.BarColumn(), rich.progress.MofNCompleteColumn(), "steps")
     with rich.progress.Progress(*columns, rich.progress.TimeElapsedColumn()) as progress:
-        for name in config.optimizer:
-            recipe = optimizers.RECIPES[name]
-            for wire in config.wire if recipe.votes else ("mean",):
-                task = progress.add_task(f"{name}, {wire}", total=config.steps)
-                for record in _train(config, dataset, net, recipe, wire):
-                    progress.update(task, completed=record["step"])
-                    yield {"optimizer": name, "wire": wire} | record
+        for name, wire in runs:
+            task = progress.add_task(f"{name}, {wire}", total=config.steps)
+            folder = _folder(config, name, wire)
+            for record in _train(config, dataset, net, optimizers.RECIPES[name], wire, folder, saved.get((name, wire))):
+                progress.update(task, completed=record["step"])
+                yield {"optimizer": name, "wire": wire} | record
 
 
-def _train(config, dataset, net, recipe, wire):
+def _wires(config, name):
+    return config.wire if optimizers.RECIPES[name].votes else ("mean",)
+
+
+def _folder(config, name, wire):
+    return pathlib.Path(config.checkpoint) / f"{name}-{wire}" if config.checkpoint else None
+
+
+def _open_checkpoints(config, runs):
+    """The newest checkpoint of each run that has one."""
+    if not config.checkpoint:
+        if config.resume:
+            raise checkpoints.CheckpointError("`--resume` has to come with `--checkpoint`, the folder to go on from.")
+        return {}
+    if config.runner == "pmap":
+        raise checkpoints.CheckpointError(
+            "`--checkpoint` has to come with `--runner mesh` or `simulate`, got pmap, whose states do not say what is "
+            "one worker's own."
+        )
+    checkpoints.claim(
+        config.checkpoint,
+        {"experiment": "train"} | {field: getattr(config, field) for field in _FIXED},
+        resume=config.resume,
+    )
+    if not config.resume:
+        return {}
+    found = {run: checkpoints.restore(_folder(config, *run)) for run in runs}
+    return {run: restored for run, restored in found.items() if restored is not None}
+
+
+def _train(config, dataset, net, recipe, wire, folder, saved):
     """Train one network per seed with one optimizer; yields records without its name."""
     peak = recipe.learning_rate if config.learning_rate is None else config.learning_rate
-    # Under pmap every state has an axis of workers already.
-    num_workers = None if config.runner == "pmap" else config.workers
-    optimizer = recipe.make(optax.cosine_decay_schedule(peak, config.steps), wire, num_workers)
-    step = _step(net, optimizer)
-    runner = RUNNERS[config.runner](step, config.workers)
 
-    def init(seed):
+    def make(workers):
+        return recipe.make(optax.cosine_decay_schedule(peak, config.steps), wire, workers)
+
+    def init(optimizer, seed):
         params = net.init(jax.random.key(seed))
         return TrainState(params, optimizer.init(params))
 
-    states = jax.jit(jax.vmap(init))(np.arange(config.seeds))
+    # Under pmap every state has an axis of workers already.
+    optimizer = make(None if config.runner == "pmap" else config.workers)
+    runner = RUNNERS[config.runner](_step(net, optimizer), config.workers)
+
+    def of_seeds(optimizer):
+        return jax.vmap(functools.partial(init, optimizer))
+
+    seeds = np.arange(config.seeds)
+    if saved is None:
+        states, begun, found = jax.jit(of_seeds(optimizer))(seeds), 0, []
+    else:
+        like = jax.eval_shape(of_seeds(make(saved.about["workers"])), seeds)
+        states = checkpoints.unflatten(saved, like, folder)
+        states = jax.vmap(lambda state: signopt.workers.resize(state, config.workers))(states)
+        begun, found = saved.step, saved.about["records"]
+        yield from found
     accuracies = jax.jit(jax.vmap(functools.partial(models.accuracy, net), in_axes=(0, None, None)))
     sent = signopt.wire.bytes_sent(jax.eval_shape(net.init, jax.random.key(0)), config.workers, wire)
     num_params = sum(x.size for x in jax.tree.leaves(states.params)) // config.seeds
-    order = np.stack([_order(config, dataset.train_labels, seed) for seed in range(config.seeds)])
+    order = np.stack(
+        [
+            data.batches(seed, len(dataset.train_labels), config.workers * config.batch_size, config.steps)
+            for seed in range(config.seeds)
+        ]
+    )
 
-    carried, seconds = runner.start(states), 0.0
-    for start in range(0, config.steps, config.evaluate_every):
+    carried, seconds = runner.start(states), found[-1]["seconds"] if found else 0.0
+    for start in range(begun, config.steps, config.evaluate_every):
         chosen = order[:, start : start + config.evaluate_every]
         begin = time.perf_counter()
         carried, losses = jax.block_until_ready(
@@ -119,24 +184,25 @@ def _train(config, dataset, net, recipe, wire):
         )
         seconds += time.perf_counter() - begin
         done = start + chosen.shape[1]
-        found = accuracies(runner.read(carried).params, dataset.test_images, dataset.test_labels)
-        for seed in range(config.seeds):
-            yield {
+        states = runner.read(carried)
+        correct = accuracies(states.params, dataset.test_images, dataset.test_labels)
+        looks = [
+            {
                 "seed": seed,
                 "step": done,
                 "train_loss": float(losses[seed, -1].mean()),
-                "test_accuracy": float(found[seed]),
+                "test_accuracy": float(correct[seed]),
                 "bits_per_parameter": 8 * sent / num_params,
                 "megabytes": sent * config.workers * done / 1e6,
                 "learning_rate": peak,
                 "seconds": round(seconds, 3),
             }
-
-
-def _order(config, labels, seed):
-    if config.shards == "sorted":
-        return data.sorted_batches(seed, labels, config.workers, config.batch_size, config.steps)
-    return data.batches(seed, len(labels), config.workers * config.batch_size, config.steps)
+            for seed in range(config.seeds)
+        ]
+        found = found + looks
+        if folder is not None:
+            checkpoints.save(folder, done, states, {"workers": config.workers, "records": found})
+        yield from looks
 
 
 def _step(net, optimizer):

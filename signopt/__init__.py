@@ -7,7 +7,9 @@
               per-worker state                 |  1 bit / param   |    shared state
 """
 
+from signopt import adversary as adversary
 from signopt import diagnostics as diagnostics
+from signopt import precision as precision
 from signopt import prox as prox
 from signopt import theory as theory
 from signopt import wire as wire

@@ -13,6 +13,7 @@ from signopt.momentum import scale_by_signum
 from signopt.penalty import Operator
 from signopt.penalty import Prox
 from signopt.penalty import as_prox
+from signopt.precision import warn_if_narrow
 from signopt.sampled import SampledProx
 from signopt.signprox import scale_by_prox_gradient
 from signopt.step_size import Estimator
@@ -64,14 +65,14 @@ def signsgd(
         _require_axis(num_workers, "signsgd")
         return optax.chain(
             _decayed(optax.scale_by_sign(), weight_decay, mask),
-            optax.scale_by_learning_rate(learning_rate),
+            _step(learning_rate, "signsgd"),
         )
     counter = finite_only(optax.identity(), caller="signsgd")
     return optax.chain(
         optax.identity() if num_workers is None else _on_each_worker(counter, axis_name, num_workers),
         majority_vote(axis_name, wire=wire),
         _decayed(optax.identity(), weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
+        _step(learning_rate, "signsgd"),
     )
 
 
@@ -125,14 +126,14 @@ def signum(
         return optax.chain(
             optax.ema(beta, debias=False, accumulator_dtype=accumulator_dtype),
             _decayed(optax.scale_by_sign(), weight_decay, mask),
-            optax.scale_by_learning_rate(learning_rate),
+            _step(learning_rate, "signum"),
         )
     momentum = scale_by_signum(beta, accumulator_dtype=accumulator_dtype)
     return optax.chain(
         _on_each_worker(momentum, axis_name, num_workers),
         majority_vote(axis_name, wire=wire),
         _decayed(optax.identity(), weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
+        _step(learning_rate, "signum"),
     )
 
 
@@ -193,7 +194,7 @@ def lion(
         _on_each_worker(momentum, axis_name, num_workers),
         majority_vote(axis_name, wire=wire),
         _decayed(optax.identity(), weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
+        _step(learning_rate, "lion"),
     )
 
 
@@ -267,11 +268,11 @@ def signprox(
     momentum = () if beta is None else (optax.ema(beta, debias=True),)
     if axis_name is None:
         _require_axis(num_workers, "signprox")
-        return optax.chain(*momentum, mapping, scale_by_sign(), optax.scale_by_learning_rate(learning_rate))
+        return optax.chain(*momentum, mapping, scale_by_sign(), _step(learning_rate, "signprox"))
     return optax.chain(
         _on_each_worker(optax.chain(*map(finite_only, momentum), mapping), axis_name, num_workers),
         majority_vote(axis_name, wire=wire),
-        optax.scale_by_learning_rate(learning_rate),
+        _step(learning_rate, "signprox"),
     )
 
 
@@ -370,6 +371,17 @@ def _require_axis(num_workers, caller):
             f"`{caller}(num_workers=...)` has to come with an axis to vote over, got num_workers={num_workers} and "
             "axis_name=None. Pass `axis_name=...`, or leave out `num_workers` for one worker."
         )
+
+
+def _step(learning_rate, caller):
+    """`optax.scale_by_learning_rate`, which says at init where such steps round to nothing."""
+    tx = optax.scale_by_learning_rate(learning_rate)
+
+    def init_fn(params):
+        warn_if_narrow(params, caller)
+        return tx.init(params)
+
+    return optax.GradientTransformation(init_fn, tx.update)
 
 
 def _decayed(tx, weight_decay, mask):

@@ -14,6 +14,7 @@ from jax.core import Tracer
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
+import optax
 
 from signopt import axis
 from signopt.state import PerWorkerState as PerWorkerState
@@ -21,6 +22,7 @@ from signopt.state import owners
 from signopt.state import partition_specs as partition_specs
 from signopt.state import per_worker as per_worker
 from signopt.state import resize as resize
+from signopt.sync import assert_in_sync as assert_in_sync
 
 Step = Callable[[Any, Any], tuple[Any, Any]]
 
@@ -267,6 +269,64 @@ def on_mesh(
         return compiled(state, jax.tree.map(lambda x: put(x, of_batch), batch))
 
     return run
+
+
+def stacked(tx: optax.GradientTransformation, *, axis_name: axis.AxisName) -> optax.GradientTransformationExtraArgs:
+    """Vote in plain `jax.jit`, over gradients with a leading axis of workers.
+
+    Under `jit` with sharded batches there is no worker's gradient, only the mean of all. `jax.vmap` over the batch, split
+    by `split_batch` and sharded along its leading axis, has one; with `wire="psum"` in `tx` the compiler turns the sum of
+    votes over that axis into an all-reduce of 8-bit integers (up to 127 workers), and parameters keep the shards of other
+    axes of the mesh. The packed wires give the same numbers, but leave it to the compiler what travels.
+
+    Args:
+      tx: A chain that votes over `axis_name`, such as `signum(..., axis_name="worker", num_workers=8, wire="psum")`.
+      axis_name: The name that `tx` knows the workers by; not that of an axis of a mesh.
+
+    Returns:
+      A transformation whose `update` takes updates, and what lies inside a `PerWorkerState`, with a leading axis of
+      workers, and returns updates without it.
+
+    Raises:
+      ValueError: In `update`, if shared state would differ between workers: momentum needs `num_workers`.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, signopt
+      >>> tx = signopt.workers.stacked(signopt.signsgd(0.5, axis_name="worker", wire="psum"), axis_name="worker")
+      >>> params = jnp.zeros(2)
+      >>> loss = lambda params, batch: jnp.mean((params - batch) ** 2)
+      >>> batches = signopt.workers.split_batch(jnp.array([[3.0, -1.0], [-1.0, -1.0], [2.0, 4.0]]), 3)
+      >>> losses, grads = jax.vmap(jax.value_and_grad(loss), (None, 0))(params, batches)
+      >>> tx.update(grads, tx.init(params), params)[0].tolist()
+      [0.5, -0.5]
+    """
+    tx = optax.with_extra_args_support(tx)
+    names = axis.names(axis_name)
+    if len(names) != 1:
+        raise ValueError(f"`stacked(axis_name=...)` has to be one name, got {axis_name!r}.")
+
+    def update_fn(updates, state, params=None, **extra_args):
+        leaves, treedef = jax.tree.flatten(state)
+        axes = [None if owner == "shared" else 0 for owner in jax.tree.leaves(owners(state))]
+
+        def one_worker(updates, leaves):
+            updates, new_state = tx.update(updates, jax.tree.unflatten(treedef, leaves), params, **extra_args)
+            return updates, _leaves_like(treedef, new_state, "stacked")
+
+        vote = jax.vmap(one_worker, (0, axes), (None, axes), axis_name=names[0])
+        try:
+            updates, leaves = vote(updates, leaves)
+        except ValueError as error:
+            if "out_axes is None" not in str(error):
+                raise
+            raise ValueError(
+                "`stacked(tx)` has to be given a chain that votes or averages over axis_name="
+                f"{axis_name!r}, with per-worker state left of that, got one whose updates or shared state differ between "
+                "workers. Make it with `num_workers=...`, or use `signopt.workers.per_worker` in a chain of your own."
+            ) from error
+        return updates, jax.tree.unflatten(treedef, leaves)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update_fn)
 
 
 def _unfold(x, sizes):

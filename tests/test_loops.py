@@ -1,0 +1,72 @@
+"""Every loop of docs/loops.md runs before and after its diff, learns on both sides, and the diff is short."""
+
+import pathlib
+import re
+
+import numpy as np
+import pytest
+
+TEXT = (pathlib.Path(__file__).parents[1] / "docs" / "loops.md").read_text(encoding="utf-8")
+PREAMBLE, *SECTIONS = re.split(r"^## ", TEXT, flags=re.MULTILINE)
+TITLES = [section.partition("\n")[0].replace("`", "") for section in SECTIONS]
+
+
+def blocks(text, language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
+def sides(diff):
+    """The program before and after."""
+    lines = diff.splitlines()
+    assert all(line[:1] in ("", " ", "+", "-") for line in lines)
+    return tuple("\n".join(line[1:] for line in lines if line[:1] in ("", " ", sign)) for sign in "-+")
+
+
+def execute(code, namespace):
+    exec(compile(code, "docs/loops.md", "exec"), namespace)
+    return namespace
+
+
+def shared():
+    (setup,) = blocks(PREAMBLE, "python")
+    return execute(setup, {})
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=TITLES)
+def test_the_loop_learns_before_and_after(section, devices):
+    (diff,) = blocks(section, "diff")
+    before, after = sides(diff)
+    assert 1 <= sum(line.startswith("+") for line in diff.splitlines()) <= 5
+    for code in (before, after):
+        namespace = execute(code, shared())
+        losses = namespace["losses"]
+        assert np.isfinite(losses).all()
+        stalls = code is before and section.startswith("Parameters in bfloat16")
+        assert (np.mean(losses[-5:]) < 0.75 * losses[0]) != stalls
+    for check in blocks(section, "python"):
+        execute(check, namespace)
+
+
+def test_both_sides_of_a_diff_are_read():
+    """Negative control of the tests above."""
+    before, after = sides(" a = 1\n-b = 2\n+b = 3\n\n c = b")
+    assert execute(before, {})["c"] == 2
+    assert execute(after, {})["c"] == 3
+    with pytest.raises(AssertionError):
+        execute("assert 1 == 2", {})
+
+
+def test_the_page_covers_every_loop_that_it_should():
+    wanted = (
+        "pmap",
+        "shard_map",
+        "nnx.jit",
+        "nnx.shard_map",
+        "NamedSharding",
+        "accumulation",
+        "scan",
+        "BatchNorm",
+        "Dropout",
+    )
+    for name in (*wanted, "DynamicScale", "bfloat16"):
+        assert any(name in title for title in TITLES), name
