@@ -64,7 +64,17 @@ class Config:
 
 
 # What a run that goes on has to share with the one that wrote the checkpoint.
-_FIXED = ("dataset", "data_file", "validation", "steps", "batch_size", "learning_rate", "seeds", "evaluate_every")
+_FIXED = (
+    "dataset",
+    "data_file",
+    "validation",
+    "shards",
+    "steps",
+    "batch_size",
+    "learning_rate",
+    "seeds",
+    "evaluate_every",
+)
 
 
 class TrainState(NamedTuple):
@@ -102,7 +112,7 @@ def _run(config, runs, saved):
     with rich.progress.Progress(*columns, rich.progress.TimeElapsedColumn()) as progress:
         for name, wire in runs:
             task = progress.add_task(f"{name}, {wire}", total=config.steps)
-            folder = _folder(config, name, wire)
+            folder = _folder(config, name, wire) if config.checkpoint else None
             for record in _train(config, dataset, net, optimizers.RECIPES[name], wire, folder, saved.get((name, wire))):
                 progress.update(task, completed=record["step"])
                 yield {"optimizer": name, "wire": wire} | record
@@ -113,7 +123,7 @@ def _wires(config, name):
 
 
 def _folder(config, name, wire):
-    return pathlib.Path(config.checkpoint) / f"{name}-{wire}" if config.checkpoint else None
+    return pathlib.Path(config.checkpoint) / f"{name}-{wire}"
 
 
 def _open_checkpoints(config, runs):
@@ -168,12 +178,7 @@ def _train(config, dataset, net, recipe, wire, folder, saved):
     accuracies = jax.jit(jax.vmap(functools.partial(models.accuracy, net), in_axes=(0, None, None)))
     sent = signopt.wire.bytes_sent(jax.eval_shape(net.init, jax.random.key(0)), config.workers, wire)
     num_params = sum(x.size for x in jax.tree.leaves(states.params)) // config.seeds
-    order = np.stack(
-        [
-            data.batches(seed, len(dataset.train_labels), config.workers * config.batch_size, config.steps)
-            for seed in range(config.seeds)
-        ]
-    )
+    order = np.stack([_order(config, dataset.train_labels, seed) for seed in range(config.seeds)])
 
     carried, seconds = runner.start(states), found[-1]["seconds"] if found else 0.0
     for start in range(begun, config.steps, config.evaluate_every):
@@ -203,6 +208,12 @@ def _train(config, dataset, net, recipe, wire, folder, saved):
         if folder is not None:
             checkpoints.save(folder, done, states, {"workers": config.workers, "records": found})
         yield from looks
+
+
+def _order(config, labels, seed):
+    if config.shards == "sorted":
+        return data.sorted_batches(seed, labels, config.workers, config.batch_size, config.steps)
+    return data.batches(seed, len(labels), config.workers * config.batch_size, config.steps)
 
 
 def _step(net, optimizer):

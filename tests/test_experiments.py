@@ -253,6 +253,14 @@ def test_the_learning_rate_flag_is_the_learning_rate(tmp_path):
     assert moving["test_accuracy"] > 0.8
 
 
+def test_label_sorted_shards_mislead_a_vote_but_not_a_mean(tmp_path):
+    settings = {"optimizer": ("sgd", "signum"), "runner": "simulate", "steps": 200}
+    found = {shards: train.final(run(tmp_path, shards=shards, **settings)) for shards in ("shuffled", "sorted")}
+    accuracy = {key: {name: ends[0]["test_accuracy"] for name, ends in runs.items()} for key, runs in found.items()}
+    assert accuracy["sorted"]["signum", "one_bit"] < accuracy["shuffled"]["signum", "one_bit"] - 0.1
+    assert accuracy["sorted"]["sgd", "mean"] > accuracy["shuffled"]["sgd", "mean"] - 0.03
+
+
 def test_over_ten_seeds_a_vote_of_bits_is_as_accurate_as_a_mean_of_floats(tmp_path):
     settings = {"optimizer": ("sgd", "signum", "signsgd"), "wire": ("one_bit", "two_bit")}
     found = train.final(run(tmp_path, runner="simulate", seeds=10, **settings))
