@@ -1,9 +1,10 @@
-"""What looking costs: the margin estimator beside a plain one-bit vote, and a Welford pass beside the gradients it sees.
+"""What looking costs: a vote's margins, the moments of gradients, and whether replicas are still the same.
 
 Times of whole programs on host devices: a one-bit vote of every parameter against the same vote with the learning rate that
 `signopt.step_size.adaptive_majority_vote` finds from its margins; and the gradients of a network over a stack of
-mini-batches, summed, against `signopt.diagnostics.gradient_moments` of the same. No figure of a paper; the limits are
-1.30 for the vote and 1.2 for the pass. On a shared machine single times jump by half, so both programs of a pair take
+mini-batches, summed, against `signopt.diagnostics.gradient_moments` of the same; and a step of voted signSGD against the
+same step with `signopt.workers.assert_in_sync` of the parameters after it. No figure of a paper; the limits are
+1.30 for the vote and 1.2 for the pass, and none for the check, which one makes once in a hundred steps. On a shared machine single times jump by half, so both programs of a pair take
 turns in one process, the one that goes first changes every round, and what is compared is the median of the ratios of rounds.
 
     python -m experiments vote_cost
@@ -36,7 +37,7 @@ from signopt import step_size
 from signopt import wire as wires
 
 AXIS = runners.AXIS
-LIMITS = {"vote": 1.30, "Welford pass": 1.2}
+LIMITS = {"vote": 1.30, "Welford pass": 1.2, "check": None}
 LEAVES = 16
 
 
@@ -56,24 +57,21 @@ class Config:
 
 
 def run(config: Config) -> Iterator[Record]:
-    """Time both pairs.
+    """Time every pair.
 
     Yields:
       A record for each pair, with the seconds of both programs in every round.
     """
-    for kind, size, plain, more in (("vote", *votes(config)), ("Welford pass", *passes(config))):
+    pairs = (("vote", *votes(config)), ("Welford pass", *passes(config)), ("check", *checks(config)))
+    for kind, size, plain, more in pairs:
         seconds = take_turns(plain, more, config.rounds)
         yield {"kind": kind, "parameters": size, "plain": seconds[0], "more": seconds[1], "limit": LIMITS[kind]}
 
 
 def votes(config: Config) -> tuple[int, Callable[[], Any], Callable[[], Any]]:
     """The number of parameters, a plain vote on as many devices as workers, and one that finds its learning rate."""
-    workers = config.workers
-    mesh = jax.make_mesh((workers,), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,), devices=devices.take(workers))
-    size, wire = config.parameters // LEAVES, cast(wires.Wire, config.wire)
-    shared, own = (jax.sharding.NamedSharding(mesh, spec) for spec in (jax.P(), jax.P(AXIS)))
-    keys = jax.random.split(jax.random.key(0), LEAVES)
-    values = jax.device_put([jax.random.normal(key, (workers, size)) for key in keys], own)
+    mesh, size, values = _on_devices(config)
+    wire, shared = cast(wires.Wire, config.wire), jax.sharding.NamedSharding(mesh, jax.P())
 
     def program(tx):
         state = jax.device_put(tx.init([jnp.zeros(size)] * LEAVES), shared)
@@ -117,6 +115,40 @@ def passes(config: Config) -> tuple[int, Callable[[], Any], Callable[[], Any]]:
     return size, lambda: plain(params, batches), lambda: more(params, batches)
 
 
+def checks(config: Config) -> tuple[int, Callable[[], Any], Callable[[], Any]]:
+    """The number of parameters, a voted step on as many devices as workers, and one whose replicas are compared."""
+    mesh, size, values = _on_devices(config)
+    tx = signopt.signsgd(1e-3, axis_name=AXIS, wire=cast(wires.Wire, config.wire))
+
+    def step(state, batch):
+        params, opt_state = state
+        updates, opt_state = tx.update(jax.tree.map(lambda x: x[0], batch), opt_state)
+        return (optax.apply_updates(params, updates), opt_state), None
+
+    run_step = signopt.workers.on_mesh(step, mesh, axis_name=AXIS)
+    params = [jnp.zeros(size)] * LEAVES
+    state, _ = run_step((params, tx.init(params)), values)
+
+    def plain():
+        return run_step(state, values)[0]
+
+    def checked():
+        after = plain()
+        signopt.workers.assert_in_sync(after)
+        return after
+
+    return LEAVES * size, plain, checked
+
+
+def _on_devices(config):
+    """A mesh with a device for each worker, the size of a leaf, and leaves that differ between workers."""
+    workers = config.workers
+    mesh = jax.make_mesh((workers,), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,), devices=devices.take(workers))
+    size, own = config.parameters // LEAVES, jax.sharding.NamedSharding(mesh, jax.P(AXIS))
+    keys = jax.random.split(jax.random.key(0), LEAVES)
+    return mesh, size, jax.device_put([jax.random.normal(key, (workers, size)) for key in keys], own)
+
+
 def take_turns(one: Callable[[], Any], other: Callable[[], Any], rounds: int) -> tuple[list[float], list[float]]:
     """The seconds that each of two programs takes in every round; compilation is not counted."""
     programs, seconds = (one, other), ([], [])
@@ -146,7 +178,7 @@ def table(records: list[Record]) -> rich.table.Table:
         low, _, high = statistics.quantiles(found, method="inclusive") if len(found) > 1 else found * 3
         drawn.add_row(
             r["kind"], f"{r['parameters']:,}", f"{plain:.1f}", f"{more:.1f}", f"{statistics.median(found):.3f}",
-            f"{low:.2f} to {high:.2f}", f"{r['limit']:.2f}",
+            f"{low:.2f} to {high:.2f}", f"{r['limit']:.2f}" if r["limit"] else "",
         )  # fmt: skip
     return drawn
 
@@ -160,7 +192,7 @@ def plot(records: list[Record], folder: str) -> list[pathlib.Path]:
     figure = Figure(figsize=(5, 4), layout="constrained")
     axes = figure.subplots()
     axes.boxplot([ratios(r) for r in records[1:]], tick_labels=[r["kind"] for r in records[1:]])
-    for i, r in enumerate(records[1:], start=1):
+    for i, r in ((i, r) for i, r in enumerate(records[1:], start=1) if r["limit"]):
         axes.hlines(r["limit"], i - 0.3, i + 0.3, color="grey", linestyle="--", label="limit" if i == 1 else "")
     axes.set(ylabel="time, as a multiple of the plain program's")
     axes.legend()
