@@ -20,8 +20,7 @@ def scale_by_sign(*, threshold: float | jax.Array = 0.0) -> optax.GradientTransf
     (`signopt.sign`) and with abstention.
 
     Args:
-      threshold: :math:`\kappa \ge 0`, in units of the root mean square of the finite entries of a leaf. On label-sorted
-        data 2 helped, on identically distributed data 1 (`experiments/README.md`).
+      threshold: :math:`\kappa \ge 0`, in units of the root mean square of the finite entries of a leaf.
 
     Returns:
       A transformation without state. Updates come back as -1, 0 and +1 in their own dtypes.
