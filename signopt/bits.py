@@ -1,49 +1,72 @@
 """Eight signs to a byte, and arithmetic on the packed bytes themselves.
 
-Bit k of byte j stands for coordinate 8 j + k. Votes are counted without unpacking them: a *bit-sliced* counter keeps
-the count of coordinate i in bit i of several planes, the lowest bits of all counts in plane 0, the next in plane 1 and
-so on, so one instruction on a vector register of b bits counts for b coordinates at once.
+Word j stands for the coordinates 8 j + k. A word of one byte holds a bit for each, bit k; a word of two bytes holds two,
+bits k and 8 + k, so that both are read off the same number at once, and every kernel works on one array.
+
+Votes are counted without unpacking them: a *bit-sliced* counter keeps the count of coordinate i in bit i of several
+planes, the lowest bits of all counts in plane 0, the next in plane 1 and so on, so one instruction on a vector register of
+b bits counts for b coordinates at once.
 """
+
+import functools
+import operator
 
 import jax
 from jax import lax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, UInt8
+from jaxtyping import Array, Bool, Int, UInt, UInt8
 
 _UNROLLED = 128  # ballots that one straight-line program counts; above, a loop over groups of 15
 _GROUP = 15  # fills four planes exactly
 
 
-def pack(bits: Bool[Array, "... n"]) -> UInt8[Array, "... b"]:
-    """Booleans to bytes along the last axis; the last byte is filled up with zeros.
+def pack(*planes: Bool[Array, "... n"]) -> UInt[Array, "... b"]:
+    """Booleans to words along the last axis; the last word is filled up with zeros.
+
+    Args:
+      *planes: One, or two of the same shape.
+
+    Returns:
+      uint8 for one plane, uint16 for two.
 
     Examples:
       >>> import jax.numpy as jnp
       >>> pack(jnp.array([True, False, True])).tolist()
       [5]
+      >>> pack(jnp.array([True, False, True]), jnp.array([False, False, True])).tolist()
+      [1029]
     """
-    return jnp.packbits(bits, axis=-1, bitorder="little")
+    whole = planes[0].shape[-1] // 8 * 8
+    if whole == planes[0].shape[-1]:
+        return _pack_whole(planes)
+    # The few left over apart: padding all of them would cost a test for each.
+    rest = [
+        jnp.pad(plane[..., whole:], [(0, 0)] * (plane.ndim - 1) + [(0, whole + 8 - plane.shape[-1])])
+        for plane in planes
+    ]
+    return jnp.concatenate([_pack_whole([plane[..., :whole] for plane in planes]), _pack_whole(rest)], axis=-1)
 
 
-def unpack(packed: UInt8[Array, "... b"]) -> UInt8[Array, "... 8*b"]:
-    """Bytes to zeros and ones along the last axis: the inverse of `pack`.
+def unpack(words: UInt[Array, "... b"], plane: int = 0) -> UInt8[Array, "... 8*b"]:
+    """Words to the zeros and ones of a plane along the last axis: the inverse of `pack`.
 
     Examples:
       >>> import jax.numpy as jnp
       >>> unpack(jnp.array([5], jnp.uint8)).tolist()
       [1, 0, 1, 0, 0, 0, 0, 0]
     """
-    return jnp.unpackbits(packed, axis=-1, bitorder="little")
+    lanes = (words[..., None] >> jnp.arange(8 * plane, 8 * plane + 8, dtype=words.dtype)) & 1
+    return lanes.astype(jnp.uint8).reshape(*words.shape[:-1], 8 * words.shape[-1])
 
 
-def count(ballots: UInt8[Array, "m n"]) -> list[UInt8[Array, " n"]]:
-    """Count the ones among m packed ballots, coordinate by coordinate.
+def count(ballots: UInt[Array, "m n"]) -> list[UInt8[Array, " n"]]:
+    """Count the ones that m packed ballots cast for each coordinate, in one plane or two.
 
     Args:
       ballots: m >= 1 packed ballots.
 
     Returns:
-      The planes of the counts, lowest bit first; enough of them to hold m.
+      The planes of the counts, lowest bit first; enough of them to hold m, or 2 m where ballots have two planes.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -51,18 +74,11 @@ def count(ballots: UInt8[Array, "m n"]) -> list[UInt8[Array, " n"]]:
       >>> [int(o) + 2 * int(t) for o, t in zip(unpack(ones)[:3], unpack(twos)[:3])]
       [3, 1, 0]
     """
-    if ballots.shape[0] <= _UNROLLED:
-        return _count_unrolled(list(ballots))
-    groups = -(-ballots.shape[0] // _GROUP)
-    missing = groups * _GROUP - ballots.shape[0]
-    grouped = jnp.pad(ballots, ((0, missing), (0, 0))).reshape(groups, _GROUP, -1)
-    zero = ballots[0] ^ ballots[0]  # varies over the axes that the ballots vary over, which a constant does not
-    start = [zero] * ballots.shape[0].bit_length()
-
-    def add_group(planes, group):
-        return _add(planes, _count_unrolled(list(group))), None
-
-    return lax.scan(add_group, start, grouped)[0]
+    planes = _count_words(ballots)
+    if ballots.dtype == jnp.uint8:
+        return planes
+    low, high = ([(plane >> shift).astype(jnp.uint8) for plane in planes] for shift in (0, 8))
+    return _add([*low, jnp.zeros_like(low[0])], high)
 
 
 def at_least(planes: list[UInt8[Array, " n"]], threshold: int | Int[Array, ""]) -> UInt8[Array, " n"]:
@@ -82,6 +98,34 @@ def at_least(planes: list[UInt8[Array, " n"]], threshold: int | Int[Array, ""]) 
         complement = jnp.asarray(((threshold >> i) & 1) - 1).astype(jnp.uint8)
         carry = _majority(plane, carry, complement)
     return carry
+
+
+def _pack_whole(planes):
+    """Pack where 8 divides the size: one sum for all planes, or what they are computed from would be read twice."""
+    dtype = jnp.dtype(f"uint{8 * len(planes)}")
+
+    def spread(plane, first):
+        lanes = plane.reshape(*plane.shape[:-1], plane.shape[-1] // 8, 8)
+        return lanes.astype(dtype) << jnp.arange(first, first + 8, dtype=dtype)
+
+    words = [spread(plane, 8 * i) for i, plane in enumerate(planes)]
+    return jnp.sum(functools.reduce(operator.or_, words), axis=-1, dtype=dtype)
+
+
+def _count_words(ballots):
+    """Count the ones at each place of a word."""
+    if ballots.shape[0] <= _UNROLLED:
+        return _count_unrolled(list(ballots))
+    groups = -(-ballots.shape[0] // _GROUP)
+    missing = groups * _GROUP - ballots.shape[0]
+    grouped = jnp.pad(ballots, ((0, missing), (0, 0))).reshape(groups, _GROUP, -1)
+    zero = ballots[0] ^ ballots[0]  # varies over the axes that the ballots vary over, which a constant does not
+    start = [zero] * ballots.shape[0].bit_length()
+
+    def add_group(planes, group):
+        return _add(planes, _count_unrolled(list(group))), None
+
+    return lax.scan(add_group, start, grouped)[0]
 
 
 def _count_unrolled(ones):

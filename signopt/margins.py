@@ -5,7 +5,7 @@ import warnings
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, UInt8
+from jaxtyping import Array, Int, UInt
 import numpy as np
 import optax
 
@@ -63,8 +63,9 @@ def vote_statistics(updates: Any, axis_name: axis.AxisName, *, sample: int = 2**
     sign.require_floating(updates, "vote_statistics")
     used = _used_bits(updates)
     stride = max(1, 8 * len(used) // sample)
-    own = wires.pack(updates, sign.is_positive, sign.is_negative)[:, ::stride]
-    plus, minus = bits.unpack(_everybody(own, axis_name)).astype(jnp.int32).transpose(1, 0, 2)
+    own = wires.pack(updates, sign.is_positive, sign.is_negative)[::stride]
+    everybody = _everybody(own, axis_name)
+    plus, minus = (bits.unpack(everybody, plane).astype(jnp.int32) for plane in (0, 1))
     looked_at = max(1, int(used[::stride].sum()))
     total = (plus - minus).sum(0)
     with_majority = (plus * (total > 0) + minus * (total < 0)).sum(1)
@@ -124,18 +125,18 @@ def warn_if_unanimous(statistics: VoteStatistics) -> bool:
     return unanimous
 
 
-def _everybody(own: UInt8[Array, "planes n"], axis_name: axis.AxisName) -> UInt8[Array, "workers planes n"]:
+def _everybody(own: UInt[Array, " n"], axis_name: axis.AxisName) -> UInt[Array, "workers n"]:
     devices, vmapped = axis.devices_and_vmapped(axis_name)
     here = axis.stack_vmapped(own, vmapped)
     if not devices:
         return here
-    workers_here, planes, num_bytes = here.shape
+    workers_here, num_words = here.shape
     found = axis.join_devices(axis.to_varying(here, devices), devices)
-    return found.reshape(workers_here, planes, -1, num_bytes).transpose(2, 0, 1, 3).reshape(-1, planes, num_bytes)
+    return found.reshape(workers_here, -1, num_words).swapaxes(0, 1).reshape(-1, num_words)
 
 
 def _used_bits(tree: Any) -> Int[np.ndarray, " n"]:
-    """How many coordinates each byte of a packed buffer holds."""
+    """How many coordinates each word of a packed buffer holds."""
     leaves = jax.tree.leaves(tree)
     used = [np.minimum(8, leaves[i].size - np.arange(0, leaves[i].size, 8)) for i, _ in wires.layout(tree)]
     return np.concatenate([np.zeros(0, int), *used])

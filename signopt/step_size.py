@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 from jax import lax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, UInt, UInt8
 import numpy as np
 import optax
 
@@ -193,11 +193,11 @@ def _by_count(
     updates: Any, axis_name: axis.AxisName, wire: str, step: Int[Array, ""], present: Any
 ) -> tuple[Any, Float[Array, ""]]:
     """Where a worker learns the margins on the chunk that it serves, it looks at that; then one number is added up."""
-    num_workers, planes = axis.size(axis_name, "adaptive_majority_vote"), wires.PLANES[wire]
+    num_workers = axis.size(axis_name, "adaptive_majority_vote")
     ballots = vote.cast(updates, wire, axis_name, step, present)
-    counts = vote.count(wires.deal(ballots, axis_name))
-    decisions = vote.decide(counts, num_workers, planes, jnp.int32(1), step)
-    own = _progress_where_served(updates, counts, num_workers, planes, axis_name)
+    counts = bits.count(wires.deal(ballots, axis_name))
+    decisions = vote.decide(counts, wire, num_workers, jnp.int32(1), step)
+    own = _progress_where_served(updates, counts, wire, num_workers, axis_name)
     own = own if present is None else jnp.where(present, own, 0)
     decisions, shares = _collect(decisions, own, ballots.shape[-1], axis_name)
     progress = jnp.sum(shares)
@@ -207,19 +207,18 @@ def _by_count(
 
 
 def _collect(
-    decisions: UInt8[Array, "planes chunk"], own: Float[Array, ""], num_bytes: int, axis_name: axis.AxisName
-) -> tuple[UInt8[Array, "planes n"], Float[Array, " workers"]]:
+    decisions: UInt[Array, " chunk"], own: Float[Array, ""], num_words: int, axis_name: axis.AxisName
+) -> tuple[UInt[Array, " n"], Float[Array, " workers"]]:
     """`wires.collect`, with everybody's number in the same message: waiting for a second one would cost as much."""
     devices, vmapped = axis.devices_and_vmapped(axis_name)
     shares = axis.stack_vmapped(own, vmapped)
     if not devices:
         return decisions, shares
-    planes, chunk = decisions.shape
-    tail = lax.bitcast_convert_type(shares, jnp.uint8).reshape(1, -1)
-    message = jnp.concatenate([decisions, jnp.pad(tail, ((0, planes - 1), (0, 0)))], axis=1)
-    found = axis.join_devices(message, devices).reshape(planes, -1, message.shape[1])
-    shares = lax.bitcast_convert_type(found[0, :, chunk:].reshape(-1, 4), jnp.float32)
-    return found[:, :, :chunk].reshape(planes, -1)[:, :num_bytes], shares
+    words_per_number = 4 // decisions.dtype.itemsize
+    message = jnp.concatenate([decisions, lax.bitcast_convert_type(shares, decisions.dtype).ravel()])
+    found = axis.join_devices(message, devices).reshape(-1, message.size)
+    shares = found[:, decisions.size :].reshape(-1, words_per_number)
+    return found[:, : decisions.size].ravel()[:num_words], lax.bitcast_convert_type(shares, jnp.float32)
 
 
 def _surplus(sums: Int[Array, "..."], num_workers: Any) -> Float[Array, "..."]:
@@ -235,7 +234,7 @@ def _pairs(num_workers: Any) -> Float[Array, ""]:
 
 
 def _progress_where_served(
-    updates: Any, counts: list[UInt8[Array, " n"]], num_workers: int, planes: int, axis_name: axis.AxisName
+    updates: Any, counts: list[UInt8[Array, " n"]], wire: str, num_workers: int, axis_name: axis.AxisName
 ) -> Float[Array, ""]:
     """The margin estimate's sum over the coordinates that this worker serves.
 
@@ -246,7 +245,7 @@ def _progress_where_served(
 
     def progress(values, counts):
         count = jnp.asarray(sum(bits.unpack(plane).astype(jnp.int32) << i for i, plane in enumerate(counts)))
-        sums = (count if planes == 2 else 2 * count) - num_workers
+        sums = (count if wire == "two_bit" else 2 * count) - num_workers
         return jnp.sum(_magnitude(values) * _surplus(sums, num_workers)) / _pairs(num_workers)
 
     if vmapped:
@@ -270,9 +269,9 @@ def _progress_where_served(
     return lax.switch(lax.axis_index(devices), branches)
 
 
-def _slice_of_buffer(tree: Any, first: int, num_bytes: int) -> Float[Array, " 8*num_bytes"]:
-    """The values whose signs lie in some bytes of the packed buffer; zeros where no value does."""
-    leaves, last, filled, parts = jax.tree.leaves(tree), first + num_bytes, 8 * first, []
+def _slice_of_buffer(tree: Any, first: int, num_words: int) -> Float[Array, " 8*num_words"]:
+    """The values whose signs lie in some words of the packed buffer; zeros where no value does."""
+    leaves, last, filled, parts = jax.tree.leaves(tree), first + num_words, 8 * first, []
     for i, start in wires.layout(tree):
         size = leaves[i].size
         begin, end = max(0, 8 * (first - start)), min(size, 8 * (last - start))

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 from jax import lax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, UInt8
+from jaxtyping import Array, Int, UInt, UInt8
 import optax
 
 from signopt import axis
@@ -102,8 +102,7 @@ def majority_vote(
             ballots = cast(updates, wire, axis_name, state.count, present)
 
             def count_and_decide(everybody):
-                num_workers, planes, _ = everybody.shape
-                return decide(count(everybody), num_workers, planes, margin, state.count)
+                return decide(bits.count(everybody), wire, num_workers, margin, state.count)
 
             decisions = wires.unpack(wires.exchange(ballots, count_and_decide, axis_name), updates)
         return decisions, MajorityVoteState(state.count + 1)
@@ -132,41 +131,37 @@ def _vote_by_sum(updates: Any, axis_name: axis.AxisName, margin: Int[Array, ""],
     return jax.tree.map(lambda s, x: jnp.where(abs(s) >= margin, jnp.sign(s), 0).astype(x.dtype), sums, updates)
 
 
-def cast(
-    updates: Any, wire: str, axis_name: axis.AxisName, step: Int[Array, ""], present: Any
-) -> UInt8[Array, "planes n"]:
+def cast(updates: Any, wire: str, axis_name: axis.AxisName, step: Int[Array, ""], present: Any) -> UInt[Array, " n"]:
     """This worker's signs as they travel: plus and not-minus, or one bit that is either where both agree."""
-    plus, minus = wires.pack(updates, sign.is_positive, sign.is_negative)
+    signs = wires.pack(updates, sign.is_positive, sign.is_negative)
     if present is not None:
-        mask = jnp.where(present, jnp.uint8(0xFF), jnp.uint8(0))
-        plus, minus = plus & mask, minus & mask
+        signs = jnp.where(present, signs, 0)
     if wire == "two_bit":
-        return jnp.stack([plus, ~minus])
-    filler = wires.prefixes(_filler(step, axis.index(axis_name), wires.longest_leaf(updates)), updates)
-    return (plus | (~minus & filler))[None]
+        return signs ^ jnp.uint16(0xFF00)
+    plus, minus = signs.astype(jnp.uint8), (signs >> 8).astype(jnp.uint8)
+    num_workers = axis.size(axis_name, "majority_vote")
+    return plus | (~minus & wires.repeat(_filler(step, axis.index(axis_name), num_workers), updates))
 
 
-def _filler(step: Int[Array, ""], worker: Int[Array, ""], num_bytes: int) -> UInt8[Array, " n"]:
-    """What one worker sends for its zeros: `(-1)**(step + i + popcount((step // 2 + i) & worker))`, packed."""
+def _filler(step: Int[Array, ""], worker: Int[Array, ""], num_workers: int) -> UInt8[Array, " p"]:
+    """What one worker sends for its zeros, `(-1)**(step + i + popcount((step // 2 + i) & worker))`, packed: one period.
+
+    Only as many low bits of i matter as the largest worker has, so that the sequence repeats itself.
+    """
     step, worker = step.astype(jnp.uint32), worker.astype(jnp.uint32)
-    i = lax.iota(jnp.uint32, 8 * num_bytes)  # wraps beyond 2**32, where only the low bits of i matter anyway
+    i = lax.iota(jnp.uint32, max(8, 2 ** (num_workers - 1).bit_length()))
     return bits.pack((step + i + lax.population_count((step // 2 + i) & worker)) % 2 == 0)
 
 
-def count(ballots: UInt8[Array, "workers planes n"]) -> list[UInt8[Array, " n"]]:
-    """How many bits were cast for each coordinate, bit-sliced: M + the sum of the votes, or half of that on one plane."""
-    return bits.count(ballots.reshape(-1, ballots.shape[-1]))
-
-
 def decide(
-    counts: list[UInt8[Array, " n"]], num_workers: int, planes: int, margin: Int[Array, ""], step: Int[Array, ""]
-) -> UInt8[Array, "planes n"]:
-    """Decide from the counts, in the encoding of a ballot."""
-    if planes == 2:  # the count is M + the sum of the votes
+    counts: list[UInt8[Array, " n"]], wire: str, num_workers: int, margin: Int[Array, ""], step: Int[Array, ""]
+) -> UInt[Array, " n"]:
+    """Decide from how many bits were cast for each coordinate, in the encoding of a ballot."""
+    if wire == "two_bit":  # the count is M + the sum of the votes
         plus = bits.at_least(counts, num_workers + margin)
         not_minus = bits.at_least(counts, num_workers - margin + 1)
-        return jnp.stack([plus, not_minus])
+        return plus.astype(jnp.uint16) | (not_minus.astype(jnp.uint16) << 8)
     plus = bits.at_least(counts, (num_workers + margin + 1) // 2)  # the count is half of that
     not_minus = bits.at_least(counts, (num_workers - margin) // 2 + 1)
     tie = jnp.where(step % 2 == 0, jnp.uint8(_EVEN), jnp.uint8(_ODD))  # (-1)**(step + i): every leaf starts a byte
-    return (plus | (not_minus & tie))[None]
+    return plus | (not_minus & tie)

@@ -1,13 +1,14 @@
 """What travels: one buffer for a whole tree, two collectives, and their size in bytes.
 
 The signs of a tree are packed eight to a byte, leaf by leaf, every leaf from a fresh byte on, and the packed leaves are
-joined into one buffer of *planes*: one plane is one bit per parameter. Each worker then serves one chunk of the
-parameters, which is the parameter server of Bernstein et al. (2018), sharded over the workers::
+joined into one buffer of words, of one byte where a ballot has one bit and of two where it has two: `signopt.bits`. Each
+worker then serves one chunk of the parameters, which is the parameter server of Bernstein et al. (2018), sharded over
+the workers::
 
-  ballots (planes, n) --all_to_all--> everybody's ballots on my chunk --decide--> my chunk --all_gather--> decisions
+  ballots (n words) --all_to_all--> everybody's ballots on my chunk --decide--> my chunk --all_gather--> decisions
 
 Two collectives per step, whatever the number of leaves, and 2 (M-1)/M bits per parameter and plane for each of M
-workers.
+workers. Nothing here counts parameters in 32 bits: sizes and offsets are Python integers, known when the step is traced.
 """
 
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from typing import Any, Literal, get_args
 import jax
 from jax import lax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, UInt8
+from jaxtyping import Array, Bool, UInt
 
 from signopt import axis
 from signopt import bits
@@ -61,7 +62,7 @@ def bytes_sent(tree: Any, num_workers: int, wire: str) -> int:
         raise ValueError(f"`bytes_sent(num_workers=...)` has to be at least 1, got {num_workers}.")
     check_wire(wire, "bytes_sent(wire=...)", also=("mean",))
     if wire in PLANES:
-        buffer = sum(_num_bytes(leaf) for leaf in jax.tree.leaves(tree))
+        buffer = sum(_num_words(leaf) for leaf in jax.tree.leaves(tree))
         chunk = -(-buffer // num_workers)
         return 2 * (num_workers - 1) * chunk * PLANES[wire]
     size = sum(
@@ -83,18 +84,18 @@ def ballot_dtype(num_workers: int) -> jnp.dtype:
     return next(jnp.dtype(t) for t in ("int8", "int16", "int32") if num_workers <= jnp.iinfo(t).max)
 
 
-def pack(tree: Any, *tests: Callable[[jax.Array], Bool[Array, "..."]]) -> UInt8[Array, "planes n"]:
-    """Pack a tree into one buffer with a plane for each test.
+def pack(tree: Any, *tests: Callable[[jax.Array], Bool[Array, "..."]]) -> UInt[Array, " n"]:
+    """Pack a tree into one buffer of words with a plane for each test.
 
     Args:
       tree: Arrays.
-      *tests: Elementwise functions from an array to booleans, False at zero.
+      *tests: One or two elementwise functions from an array to booleans, False at zero.
 
     Returns:
-      Bytes; zeros where a leaf does not fill its last one.
+      uint8 for one test, uint16 for two; zeros where a leaf does not fill its last word.
     """
-    planes = [jnp.stack([bits.pack(test(flat)) for test in tests]) for flat in joined(tree)]
-    return jnp.concatenate([jnp.zeros((len(tests), 0), jnp.uint8), *planes], axis=-1)
+    words = [bits.pack(*(test(flat) for test in tests)) for flat in joined(tree)]
+    return jnp.concatenate([jnp.zeros(0, f"uint{8 * len(tests)}"), *words])
 
 
 def joined(tree: Any) -> list[jax.Array]:
@@ -106,11 +107,11 @@ def joined(tree: Any) -> list[jax.Array]:
     return [_join([leaves[i] for i in group]) for group in _groups(leaves)]
 
 
-def unpack(buffer: UInt8[Array, "planes n"], like: Any) -> Any:
+def unpack(buffer: UInt[Array, " n"], like: Any) -> Any:
     """The tree of votes in a buffer: -1 where no plane is set, +1 where all are, 0 where one of two is.
 
     Args:
-      buffer: One or two planes, laid out as `pack` does.
+      buffer: Words of one or two planes, laid out as `pack` does.
       like: The tree that was packed.
 
     Returns:
@@ -120,8 +121,8 @@ def unpack(buffer: UInt8[Array, "planes n"], like: Any) -> Any:
     votes = [jnp.zeros(x.shape, x.dtype) for x in leaves]
     start = 0
     for group in _groups(leaves):
-        sizes = [_num_bytes(leaves[i]) for i in group]
-        flat = _votes(lax.slice_in_dim(buffer, start, start + sum(sizes), axis=1)).astype(leaves[group[0]].dtype)
+        sizes = [_num_words(leaves[i]) for i in group]
+        flat = _votes(lax.slice_in_dim(buffer, start, start + sum(sizes))).astype(leaves[group[0]].dtype)
         start += sum(sizes)
         if len(group) > 1:
             flat = lax.optimization_barrier(flat)
@@ -132,28 +133,25 @@ def unpack(buffer: UInt8[Array, "planes n"], like: Any) -> Any:
     return jax.tree.unflatten(treedef, votes)
 
 
-def prefixes(longest: UInt8[Array, " n"], tree: Any) -> UInt8[Array, " m"]:
-    """A buffer that holds for each leaf the beginning of the same sequence of bytes."""
-    leaves = jax.tree.leaves(tree)
-    sizes = [_num_bytes(leaves[i]) for group in _groups(leaves) for i in group]
-    return jnp.concatenate([longest[:size] for size in sizes])
-
-
-def longest_leaf(tree: Any) -> int:
-    """The bytes of the largest packed leaf."""
-    return max(map(_num_bytes, jax.tree.leaves(tree)), default=0)
+def repeat(pattern: UInt[Array, " p"], like: Any) -> UInt[Array, " n"]:
+    """A buffer in which every leaf holds the same words over and over; one word alone stays one, to be broadcast."""
+    if pattern.size == 1:
+        return pattern
+    sizes = [_num_words(jax.tree.leaves(like)[i]) for i, _ in layout(like)]
+    longest = jnp.tile(pattern, -(-max(sizes, default=0) // pattern.size))
+    return jnp.concatenate([jnp.zeros(0, pattern.dtype), *(longest[:size] for size in sizes)])
 
 
 def exchange(
-    ballots: UInt8[Array, "planes n"],
-    decide: Callable[[UInt8[Array, "workers planes chunk"]], UInt8[Array, "planes chunk"]],
+    ballots: UInt[Array, " n"],
+    decide: Callable[[UInt[Array, "workers chunk"]], UInt[Array, " chunk"]],
     axis_name: axis.AxisName,
-) -> UInt8[Array, "planes n"]:
+) -> UInt[Array, " n"]:
     """Let every coordinate be decided once from everybody's ballots, and tell everybody.
 
     Args:
       ballots: This worker's.
-      decide: From the ballots of all workers on some bytes to the decisions there. It must not depend on which bytes.
+      decide: From the ballots of all workers on some words to the decisions there. It must not depend on which words.
       axis_name: The workers: device axes, vmapped ones, or both.
 
     Returns:
@@ -162,34 +160,32 @@ def exchange(
     return collect(decide(deal(ballots, axis_name)), ballots.shape[-1], axis_name)
 
 
-def deal(ballots: UInt8[Array, "planes n"], axis_name: axis.AxisName) -> UInt8[Array, "workers planes chunk"]:
-    """Everybody's ballots on the bytes that this worker serves: the first half of `exchange`."""
+def deal(ballots: UInt[Array, " n"], axis_name: axis.AxisName) -> UInt[Array, "workers chunk"]:
+    """Everybody's ballots on the words that this worker serves: the first half of `exchange`."""
     devices, vmapped = axis.devices_and_vmapped(axis_name)
     everybody_here = axis.stack_vmapped(ballots, vmapped)
     if not devices:
         return everybody_here
     num_servers = math.prod(lax.axis_size(name) for name in devices)
-    workers_here, planes, num_bytes = everybody_here.shape
-    chunk = -(-num_bytes // num_servers)
-    padded = jnp.pad(everybody_here, ((0, 0), (0, 0), (0, num_servers * chunk - num_bytes)))
-    by_server = padded.reshape(workers_here, planes, num_servers, chunk).transpose(2, 0, 1, 3)
+    workers_here, num_words = everybody_here.shape
+    chunk = -(-num_words // num_servers)
+    padded = jnp.pad(everybody_here, ((0, 0), (0, num_servers * chunk - num_words)))
+    by_server = padded.reshape(workers_here, num_servers, chunk).swapaxes(0, 1)
     on_my_chunk = lax.all_to_all(by_server, devices, split_axis=0, concat_axis=0, tiled=True)
-    return on_my_chunk.reshape(num_servers * workers_here, planes, chunk)
+    return on_my_chunk.reshape(num_servers * workers_here, chunk)
 
 
-def collect(
-    decisions: UInt8[Array, "planes chunk"], num_bytes: int, axis_name: axis.AxisName
-) -> UInt8[Array, "planes n"]:
+def collect(decisions: UInt[Array, " chunk"], num_words: int, axis_name: axis.AxisName) -> UInt[Array, " n"]:
     """The decisions of all servers, the same on every worker: the second half of `exchange`."""
     devices, _ = axis.devices_and_vmapped(axis_name)
-    return axis.join_devices(decisions, devices)[:, :num_bytes] if devices else decisions
+    return axis.join_devices(decisions, devices)[:num_words] if devices else decisions
 
 
 def layout(tree: Any) -> list[tuple[int, int]]:
-    """Where the leaves lie in a packed buffer: the index of each and its first byte, in the order of the buffer."""
+    """Where the leaves lie in a packed buffer: the index of each and its first word, in the order of the buffer."""
     leaves = jax.tree.leaves(tree)
     order = [i for group in _groups(leaves) for i in group]
-    starts = itertools.accumulate((_num_bytes(leaves[i]) for i in order), initial=0)
+    starts = itertools.accumulate((_num_words(leaves[i]) for i in order), initial=0)
     return list(zip(order, starts, strict=False))
 
 
@@ -210,14 +206,14 @@ def _join(group: list) -> jax.Array:
         return group[0].ravel()
     parts = []
     for x in group:
-        parts += [x.ravel(), jnp.zeros(8 * _num_bytes(x) - x.size, x.dtype)]
+        parts += [x.ravel(), jnp.zeros(8 * _num_words(x) - x.size, x.dtype)]
     return lax.optimization_barrier(jnp.concatenate(parts))
 
 
-def _num_bytes(x: Any) -> int:
+def _num_words(x: Any) -> int:
     return -(-math.prod(x.shape) // 8)
 
 
-def _votes(planes: UInt8[Array, "planes n"]) -> jax.Array:
-    ones = bits.unpack(planes).astype(jnp.int8)
+def _votes(words: UInt[Array, " n"]) -> jax.Array:
+    ones = [bits.unpack(words, plane).astype(jnp.int8) for plane in range(words.dtype.itemsize)]
     return ones[0] + ones[-1] - 1

@@ -21,6 +21,24 @@ def test_unpacking_gives_back_what_was_packed_and_zeros_behind_it(length, rng):
     assert not unpacked[:, length:].any()
 
 
+@pytest.mark.parametrize("length", (0, 3, 8, 1001))
+def test_a_word_holds_two_planes_that_do_not_touch(length, rng):
+    one, other = rng.random((2, 3, length)) < 0.5
+    packed = bits.pack(jnp.asarray(one), jnp.asarray(other))
+    assert packed.dtype == jnp.uint16 and packed.shape == (3, -(-length // 8))
+    for plane, booleans in enumerate((one, other)):
+        np.testing.assert_array_equal(np.asarray(bits.unpack(packed, plane))[:, :length], booleans)
+    np.testing.assert_array_equal(packed.astype(jnp.uint8), bits.pack(jnp.asarray(one)))
+
+
+@pytest.mark.parametrize("num_ballots", (1, 8, 130))
+def test_ballots_of_two_planes_count_for_both(num_ballots, rng):
+    one, other = rng.random((2, num_ballots, 40)) < np.linspace(-0.1, 1.1, 40)
+    planes = bits.count(bits.pack(jnp.asarray(one), jnp.asarray(other)))
+    values = sum(bits.unpack(plane).astype(jnp.int32) << k for k, plane in enumerate(planes))
+    np.testing.assert_array_equal(values, one.sum(0) + other.sum(0))
+
+
 @pytest.mark.parametrize("num_ballots", (1, 2, 3, 4, 7, 8, 15, 16, 33, 128, 129, 135, 300, 600))
 def test_counts_and_thresholds_are_those_of_the_unpacked_bits(num_ballots):
     """Several thresholds that the counts can reach, in one compiled program."""
