@@ -16,8 +16,8 @@ from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, UInt, UInt8
 
-_UNROLLED = 128  # ballots that one straight-line program counts; above, a loop over groups of 15
-_GROUP = 15  # fills four planes exactly
+_UNROLLED = 128  # ballots that one straight-line program counts; above, a loop over groups of at most as many
+_VECTOR = 64  # words
 
 
 def pack(*planes: Bool[Array, "... n"]) -> UInt[Array, "... b"]:
@@ -116,16 +116,17 @@ def _count_words(ballots):
     """Count the ones at each place of a word."""
     if ballots.shape[0] <= _UNROLLED:
         return _count_unrolled(list(ballots))
-    groups = -(-ballots.shape[0] // _GROUP)
-    missing = groups * _GROUP - ballots.shape[0]
-    grouped = jnp.pad(ballots, ((0, missing), (0, 0))).reshape(groups, _GROUP, -1)
-    zero = ballots[0] ^ ballots[0]  # varies over the axes that the ballots vary over, which a constant does not
-    start = [zero] * ballots.shape[0].bit_length()
+    voters, size = ballots.shape
+    groups = -(-voters // _UNROLLED)
+    # Also to whole vectors: XLA's loop over an odd size goes word by word.
+    padded = jnp.pad(ballots, ((0, -voters % groups), (0, -size % _VECTOR)))
+    zero = padded[0] ^ padded[0]  # varies over the axes that the ballots vary over, which a constant does not
 
     def add_group(planes, group):
         return _add(planes, _count_unrolled(list(group))), None
 
-    return lax.scan(add_group, start, grouped)[0]
+    planes, _ = lax.scan(add_group, [zero] * voters.bit_length(), padded.reshape(groups, -1, padded.shape[1]))
+    return [plane[:size] for plane in planes]
 
 
 def _count_unrolled(ones):

@@ -99,12 +99,7 @@ def majority_vote(
         if wire == "psum":
             decisions = _vote_by_sum(updates, axis_name, margin, present)
         else:
-            ballots = cast(updates, wire, axis_name, state.count, present)
-
-            def count_and_decide(everybody):
-                return decide(bits.count(everybody), wire, num_workers, margin, state.count)
-
-            decisions = wires.unpack(wires.exchange(ballots, count_and_decide, axis_name), updates)
+            decisions = wires.unpack(packed_vote(updates, axis_name, wire, margin, state.count, present), updates)
         return decisions, MajorityVoteState(state.count + 1)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -129,6 +124,18 @@ def _vote_by_sum(updates: Any, axis_name: axis.AxisName, margin: Int[Array, ""],
     """The definition."""
     sums = sum_of_votes(updates, axis_name, present)
     return jax.tree.map(lambda s, x: jnp.where(abs(s) >= margin, jnp.sign(s), 0).astype(x.dtype), sums, updates)
+
+
+def packed_vote(
+    updates: Any, axis_name: axis.AxisName, wire: str, margin: Int[Array, ""], step: Int[Array, ""], present: Any = None
+) -> UInt[Array, " n"]:
+    """The decisions as they travel: what `majority_vote` unpacks."""
+    num_workers = axis.size(axis_name, "majority_vote")
+
+    def count_and_decide(everybody):
+        return decide(bits.count(everybody), wire, num_workers, margin, step)
+
+    return wires.exchange(cast(updates, wire, axis_name, step, present), count_and_decide, axis_name)
 
 
 def cast(updates: Any, wire: str, axis_name: axis.AxisName, step: Int[Array, ""], present: Any) -> UInt[Array, " n"]:
