@@ -31,10 +31,12 @@ from experiments import timing
 from experiments.flags import flag
 from experiments.records import Record
 import signopt
+from signopt import wire as wires
 
 AXIS = runners.AXIS
 RATE = 1e-3
 KINDS = ("plain", "ours")
+SIZES = ("equal", "different")
 LIMITS = {"compile": 2.0, "import": 1.2}
 LOCAL = {
     "signsgd": (lambda: optax.sign_sgd(RATE), lambda: signopt.signsgd(RATE)),
@@ -51,9 +53,12 @@ class Config:
     leaves: tuple[int, ...] = flag((5, 500), "leaves that the parameters are divided into")
     voted_parameters: int = flag(4_000_000, "parameters of the voted step that is compiled", at_least=1)
     voted_leaves: int = flag(500, "leaves of that step", at_least=1)
+    voted_sizes: tuple[str, ...] = flag(
+        ("equal", "different"), "of those leaves: XLA compiles a kernel once for all leaves of a size", choices=SIZES
+    )
     workers: int = flag(8, "voters, each on a device of its own", at_least=1)
     rounds: int = flag(21, "how often each step is timed", at_least=1)
-    compilations: int = flag(3, "how often each voted step is compiled", at_least=1)
+    compilations: int = flag(2, "how often each voted step is compiled", at_least=1)
     imports: int = flag(9, "how often each import is timed", at_least=1)
     seeds: int = flag(1, "one: times do not depend on it", at_least=1)
     output: str = flag("results/step_time", "folder for records and plots")
@@ -74,12 +79,13 @@ def run(config: Config) -> Iterator[Record]:
             seconds = timing.take_turns({kind: step.program for kind, step in steps.items()}, config.rounds)
             yield {"kind": "step", "name": f"{name}, {leaves} leaves", "temporary_bytes": memory} | seconds
     plain = optax.chain(signopt.mean(AXIS), optax.lion(RATE))
-    for name, tx in voted(config.workers).items():
-        found = {kind: [] for kind in KINDS}
-        for _ in range(config.compilations):
-            for kind, each in zip(KINDS, (plain, tx), strict=True):
-                found[kind].append(compilation(each, config))
-        yield {"kind": "compile", "name": name} | found
+    for sizes in config.voted_sizes:
+        for name, tx in voted(config.workers).items():
+            found = {kind: [] for kind in KINDS}
+            for _ in range(config.compilations):
+                for kind, each in zip(KINDS, (plain, tx), strict=True):
+                    found[kind].append(compilation(each, config, sizes))
+            yield {"kind": "compile", "name": f"{name}, {sizes} sizes"} | found
     found = {kind: [] for kind in KINDS}
     for _ in range(config.imports):
         for kind, package in zip(KINDS, ("optax", "signopt"), strict=True):
@@ -129,22 +135,22 @@ def temporary_bytes(step: Step) -> int:
 
 def voted(workers: int) -> dict[str, optax.GradientTransformation]:
     """The optimizers whose voted steps are compiled."""
-    packed = ("one_bit", "two_bit")
     shared: dict[str, Any] = {"axis_name": AXIS, "num_workers": workers}
     return {
         f"{name}, {wire}": make(RATE, wire=wire, **shared)
         for name, make in (("signsgd", signopt.signsgd), ("signum", signopt.signum), ("lion", signopt.lion))
-        for wire in packed
+        for wire in wires.PLANES
     }
 
 
-def compilation(tx: optax.GradientTransformation, config: Config) -> float:
+def compilation(tx: optax.GradientTransformation, config: Config, sizes: str) -> float:
     """The seconds that it takes to trace and compile a step of all workers."""
     workers = config.workers
     mesh = jax.make_mesh((workers,), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,), devices=devices.take(workers))
     size = config.voted_parameters // config.voted_leaves
-    params = [jax.ShapeDtypeStruct((size,), jnp.float32)] * config.voted_leaves
-    gradients = [jax.ShapeDtypeStruct((workers, size), jnp.float32)] * config.voted_leaves
+    of_leaves = [size + (i if sizes == "different" else 0) for i in range(config.voted_leaves)]
+    params = [jax.ShapeDtypeStruct((n,), jnp.float32) for n in of_leaves]
+    gradients = [jax.ShapeDtypeStruct((workers, n), jnp.float32) for n in of_leaves]
     state = jax.eval_shape(tx.init, params)
     specs = (jax.P(), signopt.workers.partition_specs(state, AXIS))
 
