@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec
 import optax
 
 from signopt import axis
+from signopt.shards import on_shards as on_shards
 from signopt.state import PerWorkerState as PerWorkerState
 from signopt.state import owners
 from signopt.state import partition_specs as partition_specs
