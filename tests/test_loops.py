@@ -63,6 +63,8 @@ def test_the_page_covers_every_loop_that_it_should():
         "nnx.jit",
         "nnx.shard_map",
         "NamedSharding",
+        "FSDP",
+        "between hosts",
         "accumulation",
         "scan",
         "BatchNorm",

@@ -131,6 +131,32 @@ def test_a_tree_of_500_leaves_is_voted_on_leaf_by_leaf(rng):
         assert_same_tree(got, expected_tree(wire, updates, 3))
 
 
+@pytest.mark.parametrize("wire", WIRES)
+def test_a_leaf_of_more_than_2_to_the_32_entries_compiles(wire, devices):
+    """Nothing counts entries in 32 bits, neither here nor in the compiled program."""
+    mesh = jax.make_mesh((2,), ("w",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices[:2])
+    tx = signopt.majority_vote("w", wire=wire)
+    vote = jax.shard_map(lambda g: tx.update(g[0], tx.init(None))[0], mesh=mesh, in_specs=jax.P("w"), out_specs=jax.P())
+    size = 2**32 + 9
+    compiled = jax.jit(vote).lower(jax.ShapeDtypeStruct((2, size), jnp.bfloat16)).compile()
+    assert compiled.out_info.shape == (size,)
+    assert (
+        signopt.wire.bytes_sent(compiled.out_info, 2, wire) >= {"one_bit": 1, "two_bit": 2, "psum": 8}[wire] * size // 8
+    )
+
+
+@pytest.mark.slow
+def test_a_leaf_of_more_than_2_to_the_31_entries_is_voted_on():
+    """By one worker, whose vote is its sign; 10 GB."""
+    minus = [0, 2**30, 2**31, 2**31 + 8]
+    values = np.ones(2**31 + 9, np.float16)
+    values[minus] = -3
+    tx = signopt.majority_vote(None)
+    votes = np.asarray(jax.jit(tx.update)(values, tx.init(None))[0])
+    np.testing.assert_array_equal(np.flatnonzero(votes < 0), minus)
+    assert np.count_nonzero(votes) == votes.size
+
+
 @pytest.mark.parametrize("num_workers", (3, 8))
 def test_large_leaves_agree_with_the_definition(num_workers, rng):
     shapes = ((70_001,), (5,), (257, 300), (1 << 16,))
