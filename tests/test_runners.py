@@ -442,6 +442,23 @@ def test_bytes_sent_are_the_bits_per_parameter_of_the_paper(wire, bits):
     assert sent == bits * size * (M - 1) // (8 * M)
 
 
+@pytest.mark.parametrize(("wire", "planes"), [("one_bit", 1), ("two_bit", 2)])
+def test_a_step_of_fifty_leaves_sends_its_bits_and_hardly_more(wire, planes, devices):
+    """A whole step of Signum over about 4 million parameters: weights, and biases of odd sizes."""
+    tree = {f"w{i}": jnp.zeros((400, 400 + i)) for i in range(25)} | {f"b{i}": jnp.zeros(400 + i) for i in range(25)}
+    size = sum(x.size for x in jax.tree.leaves(tree))
+    tx = signopt.signum(0.1, axis_name="w", num_workers=M, wire=wire)
+    step = lambda state, batch: tx.update(jax.tree.map(lambda x: x[0], batch), state, tree)[::-1]
+    run = workers.on_mesh(step, mesh_of(devices, (M,), ("w",)), axis_name="w")
+    struct = lambda x: jax.ShapeDtypeStruct((M, *x.shape), x.dtype)
+    state = jax.eval_shape(tx.init, tree)
+    found = collectives(jax.jit(run).lower(state, jax.tree.map(struct, tree)).compile())
+    assert sorted(operation for operation, _, _ in found) == ["all-gather", "all-to-all"]
+    sent = sum(nbytes // M * (M - 1) for _, _, nbytes in found)
+    assert signopt.wire.bytes_sent(tree, M, wire) == sent
+    assert 1 <= 8 * sent / (planes * 2 * (M - 1) / M * size) <= 1.01
+
+
 def test_a_psum_vote_travels_in_the_smallest_integers(devices):
     found = collectives(compiled_vote("psum", TREES["one leaf"], devices))
     assert {(operation, dtype) for operation, dtype, _ in found} == {("all-reduce", "s8")}
