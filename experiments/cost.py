@@ -1,13 +1,7 @@
 """What a step costs: a model of its time from parameters, workers, bandwidth and latency, for every way to agree.
 
-A step is computation, which no wire changes, and an exchange: bytes over bandwidth, messages, and the work of packing,
-counting and adding. The model says below which bandwidth each wire is the fastest, for up to 100,000 workers, and is
-checked against what `slow_network` measured. Nothing in it overlaps, and no link is shared: where communication hides
-behind computation a vote gains less.
-
-Assumed: a mean is reduced by recursive halving and doubling (2 log2 M rounds of messages), decisions are gathered by
-recursive doubling (log2 M rounds), and ballots are dealt to their servers in whichever is faster of one message to every
-other worker and log2 M rounds that carry log2(M)/2 times the bytes (Bruck et al., 1997).
+The model and its assumptions are in `experiments/exchanges.py`. It is checked against what `slow_network` measured, and says
+below which bandwidth each wire pays, for up to 100,000 workers. No figure of a paper.
 
     python -m experiments cost
     python -m experiments cost --parameters 7000000000 --latency_us 50 --step_ms 2000
@@ -21,273 +15,276 @@ import dataclasses
 import math
 import pathlib
 import statistics
-from typing import NamedTuple
 
-import jax
 from matplotlib.figure import Figure
 import numpy as np
 import rich.console
 import rich.table
 
+from experiments import exchanges
 from experiments import records as recorded
 from experiments.flags import flag
 from experiments.records import Record
-import signopt
 
-WIRES = ("float32", "bfloat16", "int8", "all_gather", "two_bit", "one_bit")
 KEPT = pathlib.Path(__file__).with_name("measured") / "slow_network.jsonl"
+# What each program of `experiments/host.py` sends.
+WIRE_OF_PROGRAM = {
+    "float32 mean": "float32",
+    "bfloat16 mean": "bfloat16",
+    "int8 sum of signs": "int8",
+    "psum": "int8",
+    "bits gathered by all": "all_gather",
+    "two_bit": "two_bit",
+    "one_bit": "one_bit",
+}
 # Of a frame of Ethernet with 1500 bytes of IP what is left for data: 52 are headers of IP and TCP, and 14 its own.
 PAYLOAD_SHARE = 1448 / 1514
-_BYTES = {"float32": 4, "bfloat16": 2}
-_PLANES = {"one_bit": 1, "two_bit": 2, "all_gather": 1}
-_GROUP = 15  # ballots that `signopt.bits.count` adds at once where there are many
+BANDWIDTHS = np.logspace(6, 13, 141)  # bits/s
+WORTH = 1.1  # a gain that one would notice
 
 
 @dataclasses.dataclass(frozen=True)
-class Rates:
-    """Seconds of work for one parameter on one worker.
+class Config:
+    """The flags."""
 
-    The defaults are those of two cores of a shared machine, where eight workers in one process pack, count and unpack, as
-    `experiments/README.md` says; `--stages` reads others.
+    parameters: int = flag(124_000_000, "of the model", at_least=1)
+    sizes: tuple[int, ...] = flag((2, 4, 8, 64, 1024, 10_000, 100_000), "numbers of workers", at_least=2)
+    latency_us: float = flag(50.0, "microseconds from one worker to another", at_least=0)
+    message_us: float = flag(2.0, "microseconds that a message costs its sender", at_least=0)
+    step_ms: float = flag(200.0, "milliseconds that a worker computes in a step", at_least=0)
+    inner: int = flag(8, "devices of a host, which average in float32 in the plot of two levels", at_least=1)
+    inner_gigabits: float = flag(400.0, "Gbit/s of the links inside a host", at_least=1e-3)
+    measured: str = flag("", "records of slow_network to check against; those kept with the code if empty")
+    stages: str = flag("", "records of the experiment wire, with the rates of this machine; those of ours if empty")
+    workers: int = flag(1, "devices to ask for", at_least=1)
+    seeds: int = flag(1, "one: nothing is random", at_least=1)
+    output: str = flag("results/cost", "folder for records and plots")
 
-    Attributes:
-      pack: Per plane.
-      count: Per plane and ballot: one bit of one worker.
-      unpack: From the planes to floats.
-      add: One addition of floats in a reduction, read and written.
+
+def run(config: Config) -> Iterator[Record]:
+    """Check the model, and say which wire wins where.
+
+    Yields:
+      The rates, a record for each program of `slow_network`, for each number of workers and wire, and for each of the two
+      curves of a plot.
     """
+    rates = exchanges.rates_of(recorded.read(config.stages)) if config.stages else exchanges.Rates()
+    yield {"kind": "rates"} | dataclasses.asdict(rates)
+    if config.measured or KEPT.exists():
+        yield from check(recorded.read(config.measured or KEPT), rates)
+    compute, size = 1e-3 * config.step_ms, config.parameters
+    for workers in config.sizes:
+        cluster = exchanges.Cluster(workers, math.nan, 1e-6 * config.latency_us, 1e-6 * config.message_us)
 
-    pack: float = 0.3e-9
-    count: float = 0.02e-9
-    unpack: float = 0.6e-9
-    add: float = 0.4e-9
+        def at(bandwidth, wire, cluster=cluster):
+            return exchanges.exchange_seconds(size, wire, cluster._replace(bits_per_second=bandwidth), rates)
+
+        times = {wire: [at(bandwidth, wire) for bandwidth in BANDWIDTHS] for wire in exchanges.WIRES}
+        fastest = [min(exchanges.WIRES, key=lambda wire: times[wire][i]) for i in range(len(BANDWIDTHS))]
+        for wire in exchanges.WIRES:
+            wins = [float(b) for b, best in zip(BANDWIDTHS, fastest, strict=True) if best == wire]
+            below = [
+                exchanges.break_even(size, wire, cluster, rates, speed_up=gain, compute_seconds=compute)
+                if wire != "float32"
+                else 0.0
+                for gain in (1.0, WORTH)
+            ]
+            yield {
+                "kind": "wire",
+                "workers": workers,
+                "wire": wire,
+                "bits_per_parameter": 8 * exchanges.bytes_sent(size, workers, wire) / size,
+                "pays_below": below[0] if math.isfinite(below[0]) else None,
+                "worth_it_below": below[1] if math.isfinite(below[1]) else None,
+                "fastest_from": min(wins, default=None),
+                "fastest_to": max(wins, default=None),
+                "seconds": times[wire],
+            }
+    hosts = max(2, config.sizes[len(config.sizes) // 2] // config.inner)
+    inner = exchanges.Cluster(config.inner, 1e9 * config.inner_gigabits, 1e-6, 0.0)
+    for wire in exchanges.WIRES:
+        outer = [exchanges.Cluster(hosts, b, 1e-6 * config.latency_us, 1e-6 * config.message_us) for b in BANDWIDTHS]
+        seconds = [exchanges.two_level_seconds(size, wire, inner, o, rates, compute_seconds=compute) for o in outer]
+        yield {"kind": "two levels", "hosts": hosts, "devices": config.inner, "wire": wire, "seconds": seconds}
 
 
-class Cluster(NamedTuple):
-    """Workers and what joins them.
+def check(measured: list[Record], rates: exchanges.Rates) -> Iterator[Record]:
+    """Predict what `slow_network` measured on links with a limit.
 
-    Attributes:
-      workers: M, each with a link of its own.
-      bits_per_second: Of a link, each way, for data without headers.
-      latency_seconds: From one worker to another.
-      message_seconds: What a message costs its sender, while others travel.
-    """
-
-    workers: int
-    bits_per_second: float
-    latency_seconds: float = 50e-6
-    message_seconds: float = 2e-6
-
-
-class Exchange(NamedTuple):
-    """What one way to agree costs, apart from the bandwidth.
-
-    Attributes:
-      bytes: That a worker sends, and as many receives.
-      fixed_seconds: Latencies, messages and work.
-    """
-
-    bytes: float
-    fixed_seconds: float
-
-
-def bytes_sent(parameters: int, workers: int, wire: str, *, leaves: int = 1) -> int:
-    """The bytes that each worker sends in a step.
+    All hosts compute on one machine, so that work takes as many times longer. Gloo, which carries JAX's collectives
+    between processes of CPUs, sends bfloat16 as float32, and where two hosts exchange messages and one is late, it lets them
+    take turns: `taking_turns` multiplies the bytes of both collectives by what the same records say that this costs.
 
     Args:
-      parameters: In all.
-      workers: Their number.
-      wire: One of `WIRES`. "all_gather" sends a worker's packed signs to each of the others, who count for themselves.
-      leaves: Arrays of about the same size that they are in; each is packed from a fresh byte on.
+      measured: The records of `slow_network`, the header first.
+      rates: Of the machine.
 
-    Examples:
-      >>> [bytes_sent(8_000_000, 8, wire) for wire in ("float32", "bfloat16", "int8", "two_bit", "one_bit", "all_gather")]
-      [56000000, 28000000, 14000000, 3500000, 1750000, 7000000]
-      >>> bytes_sent(1000, 1000, "one_bit")  # 125 bytes for 1000 servers: all but one byte in eight is filling
-      1998
+    Yields:
+      A record for each number of hosts, link and program, with seconds measured and predicted.
     """
-    small, larger = divmod(parameters, leaves)
-    sizes = [small + 1] * larger + [small] * (leaves - larger)
-    if wire == "all_gather":
-        return (workers - 1) * sum(-(-size // 8) for size in sizes)
-    dtype, name = {"float32": ("float32", "mean"), "bfloat16": ("bfloat16", "mean"), "int8": ("float32", "psum")}.get(
-        wire, ("float32", wire)
-    )
-    return signopt.wire.bytes_sent([jax.ShapeDtypeStruct((size,), dtype) for size in sizes], workers, name)
+    cases = {}
+    for r in measured[1:]:
+        if r["kind"] == "vote" and r["megabits"]:
+            cases.setdefault((r["hosts"], r["megabits"], r["program"]), []).append(r)
+    for (hosts, megabits, program), turns in cases.items():
+        size = turns[0]["parameters"]
+        wire = WIRE_OF_PROGRAM[program]
+        sent = "float32" if wire == "bfloat16" else wire
+        cluster = exchanges.Cluster(hosts, 1e6 * megabits * PAYLOAD_SHARE)
+        shared = exchanges.Rates(**{name: hosts * value for name, value in dataclasses.asdict(rates).items()})
+        ideal = exchanges.exchange_seconds(size, sent, cluster, shared)
+        extra = 0.0
+        if wire in exchanges.PLANES:
+            dealt, gathered = (_turns(measured, hosts, megabits, name) for name in ("all_to_all", "all_gather"))
+            factor = gathered if wire == "all_gather" else (dealt + gathered) / 2
+            extra = (factor - 1) * 8 * exchanges.bytes_sent(size, hosts, sent) / cluster.bits_per_second
+        yield {
+            "kind": "check",
+            "hosts": hosts,
+            "megabits": megabits,
+            "program": program,
+            "wire": wire,
+            "measured": statistics.median(r["seconds"] for r in turns),
+            "predicted": ideal,
+            "taking_turns": ideal + extra,
+        }
 
 
-def work_seconds(parameters: int, workers: int, wire: str, rates: Rates) -> float:
-    """The seconds that a worker computes to agree: it packs, counts its share or all, and unpacks, or adds its share.
-
-    Examples:
-      >>> rates = Rates(pack=1e-9, count=1e-10, unpack=2e-9, add=1e-9)
-      >>> [round(1e3 * work_seconds(1_000_000, 8, wire, rates), 3) for wire in ("float32", "one_bit", "all_gather")]
-      [0.875, 3.1, 3.8]
-    """
-    if wire in _PLANES:
-        planes = _PLANES[wire]
-        # One ballot on every parameter, whatever M: M ballots on an M-th of them; every group is added to log2 M planes.
-        ballots = planes * (1 + (math.log2(workers) / _GROUP if workers > 128 else 0.0))
-        if wire == "all_gather":
-            ballots *= workers
-        return parameters * (planes * rates.pack + ballots * rates.count + rates.unpack)
-    return parameters * rates.add * (workers - 1) / workers
-
-
-def exchanges(parameters: int, wire: str, cluster: Cluster, rates: Rates, *, leaves: int = 1) -> list[Exchange]:
-    """The ways to agree over a wire, of which the fastest is taken.
-
-    Args:
-      parameters: In all.
-      wire: One of `WIRES`.
-      cluster: Its bandwidth does not matter here.
-      rates: Of the workers.
-      leaves: Arrays that the parameters are in; reduced and packed together.
-
-    Examples:
-      >>> free = Rates(0, 0, 0, 0)
-      >>> cluster = Cluster(workers=8, bits_per_second=1e9, latency_seconds=1.0, message_seconds=0.0)
-      >>> exchanges(8_000_000, "float32", cluster, free)  # 2 log2 8 rounds
-      [Exchange(bytes=56000000, fixed_seconds=6.0)]
-      >>> exchanges(8_000_000, "one_bit", cluster, free)  # dealt directly, or in log2 8 rounds; then gathered
-      [Exchange(bytes=1750000, fixed_seconds=4.0), Exchange(bytes=2375000.0, fixed_seconds=6.0)]
-    """
-    workers = cluster.workers
-    size = bytes_sent(parameters, workers, wire, leaves=leaves)
-    work = work_seconds(parameters, workers, wire, rates)
-    rounds = math.ceil(math.log2(workers))
-    each = cluster.latency_seconds + cluster.message_seconds
-    if wire == "all_gather":
-        return [Exchange(size, work + rounds * each)]
-    if wire not in _PLANES:
-        return [Exchange(size, work + 2 * rounds * each)]
-    direct = cluster.latency_seconds + (workers - 1) * cluster.message_seconds
-    more = max(1.0, workers * math.log2(workers) / 2 / (workers - 1))
-    return [
-        Exchange(size, work + direct + rounds * each),
-        Exchange(size / 2 * (1 + more), work + 2 * rounds * each),
+def _turns(measured, hosts, megabits, collective):
+    """How many times its ideal time a collective takes that a host joins late; at least 1, and 1 if nobody measured."""
+    found = [
+        statistics.median(r["seconds"]) * 1e6 * megabits * PAYLOAD_SHARE / (8 * r["bytes"] * (hosts - 1) / hosts)
+        for r in measured[1:]
+        if r["kind"] == "late" and r["delay"]
+        if (r["hosts"], r["megabits"], r["collective"]) == (hosts, megabits, collective)
     ]
+    return max([1.0, *found])
 
 
-def exchange_seconds(parameters: int, wire: str, cluster: Cluster, rates: Rates, *, leaves: int = 1) -> float:
-    """The time that agreeing takes.
-
-    Examples:
-      >>> cluster = Cluster(workers=2, bits_per_second=1e8, latency_seconds=0.0, message_seconds=0.0)
-      >>> [round(exchange_seconds(1_000_000, wire, cluster, Rates(0, 0, 0, 0)), 4) for wire in ("float32", "one_bit")]
-      [0.32, 0.01]
-    """
-    ways = exchanges(parameters, wire, cluster, rates, leaves=leaves)
-    return min(8 * way.bytes / cluster.bits_per_second + way.fixed_seconds for way in ways)
-
-
-def step_seconds(parameters: int, wire: str, cluster: Cluster, rates: Rates, *, compute_seconds: float = 0.0) -> float:
-    """The time of a step that computes, then agrees, without overlap.
+def medians(measured: list[Record]) -> list[Record]:
+    """The records of `slow_network` that `check` reads, those of one program as one: medians over turns.
 
     Examples:
-      >>> cluster = Cluster(workers=2, bits_per_second=1e8, latency_seconds=0.0, message_seconds=0.0)
-      >>> round(step_seconds(1_000_000, "float32", cluster, Rates(0, 0, 0, 0), compute_seconds=0.1), 4)
-      0.42
+      >>> turns = [{"kind": "vote", "program": "psum", "round": i, "seconds": i, "decided": 7} for i in range(3)]
+      >>> medians([{}, *({"hosts": 2, "megabits": 100.0} | turn for turn in turns)])[1:]
+      [{'hosts': 2, 'megabits': 100.0, 'kind': 'vote', 'program': 'psum', 'seconds': 1}]
     """
-    return compute_seconds + exchange_seconds(parameters, wire, cluster, rates)
+    kept, votes = [], {}
+    for r in measured[1:]:
+        if r["kind"] == "vote":
+            votes.setdefault((r["hosts"], r["megabits"], r["program"]), []).append(r)
+        elif r["kind"] == "late":
+            kept.append(r)
+    for turns in votes.values():
+        first = {name: value for name, value in turns[0].items() if name not in ("round", "decided", "same_everywhere")}
+        kept.append(first | {"seconds": statistics.median(r["seconds"] for r in turns)})
+    return [measured[0], *kept]
 
 
-def two_level_seconds(
-    parameters: int, wire: str, inner: Cluster, outer: Cluster, rates: Rates, *, compute_seconds: float = 0.0
-) -> float:
-    """The time of a step whose hosts average in float32 over their own devices and agree among hosts over a wire.
-
-    Every device ends up with an inner share of the mean (a reduce-scatter), agrees on that share with the same device of
-    the other hosts, over the one link of its host, and gathers the result in float32. That is what
-    `signopt.workers.on_shards` does for sharded parameters. Where all devices of a host hold everything, as after
-    `signopt.mean("device")`, each sends it all: g times the bytes on the link.
-
-    Args:
-      parameters: In all.
-      wire: Between hosts, one of `WIRES`.
-      inner: The g devices of a host; `workers=1` for one level.
-      outer: The hosts; `bits_per_second` is that of a host's link, which its devices share.
-      rates: Of the devices.
-      compute_seconds: Of a step without any communication.
-
-    Examples:
-      >>> free = Rates(0, 0, 0, 0)
-      >>> inner, outer = Cluster(8, 1e12, 0.0, 0.0), Cluster(2, 1e8, 0.0, 0.0)
-      >>> one_level = exchange_seconds(8_000_000, "one_bit", outer, free)
-      >>> inside = exchange_seconds(8_000_000, "float32", inner, free)
-      >>> two_level_seconds(8_000_000, "one_bit", inner, outer, free) == one_level + inside
-      True
-    """
-    g = inner.workers
-    inside = exchange_seconds(parameters, "float32", inner, rates) if g > 1 else 0.0
-    shared = outer._replace(bits_per_second=outer.bits_per_second / g)
-    return compute_seconds + inside + exchange_seconds(-(-parameters // g), wire, shared, rates)
+def errors(records: list[Record], column: str = "predicted") -> list[float]:
+    """By how much the model errs, as a fraction of what was measured; negative where it is too fast."""
+    return [r[column] / r["measured"] - 1 for r in records[1:] if r["kind"] == "check"]
 
 
-def break_even(
-    parameters: int,
-    wire: str,
-    cluster: Cluster,
-    rates: Rates,
-    *,
-    against: str = "float32",
-    speed_up: float = 1.0,
-    compute_seconds: float = 0.0,
-) -> float:
-    """The bandwidth in bits/s below which a wire makes the step so many times as fast.
+def table(records: list[Record]) -> rich.console.Group:
+    """The check, and for each number of workers what pays where."""
+    return rich.console.Group(*(part(records) for part in (_table_of_check, _table_of_wires)))
 
-    Args:
-      parameters: In all.
-      wire: One of `WIRES`.
-      cluster: Its bandwidth does not matter.
-      rates: Of the workers.
-      against: The other wire.
-      speed_up: How many times as fast; 1 for any gain at all, where `compute_seconds` does not matter.
-      compute_seconds: Of a step without any communication.
+
+def _table_of_check(records):
+    drawn = rich.table.Table(title="the model against slow_network: seconds of a vote")
+    for column in (
+        "hosts",
+        "Mbit/s",
+        "program",
+        "measured, ms",
+        "model, ms",
+        "error",
+        "hosts that take turns, ms",
+        "error",
+    ):
+        drawn.add_column(column, justify="left" if column == "program" else "right")
+    found = [r for r in records[1:] if r["kind"] == "check"]
+    columns = ("predicted", "taking_turns")
+    for r in found:
+        cells = [cell for c in columns for cell in (f"{1e3 * r[c]:.1f}", f"{r[c] / r['measured'] - 1:+.0%}")]
+        drawn.add_row(str(r["hosts"]), f"{r['megabits']:g}", r["program"], f"{1e3 * r['measured']:.1f}", *cells)
+    if found:
+        said = [[abs(e) for e in errors(records, c)] for c in columns]
+        one, other = (f"median error {statistics.median(e):.0%}, worst {max(e):.0%}" for e in said)
+        drawn.caption = f"as assumed: {one}; with hosts that take turns: {other}"
+    return drawn
+
+
+def _table_of_wires(records):
+    config = records[0]["config"]
+    drawn = rich.table.Table(
+        title=f"{config['parameters']:,} parameters, {config['latency_us']:g} us latency, {config['step_ms']:g} ms of "
+        "computation in a step: bandwidths in bits/s"
+    )
+    columns = ("bits per\nparameter", "faster than\nfloat32 below", f"{WORTH:g} x as\nfast below", "fastest of all")
+    for column in ("workers", "wire", *columns):
+        drawn.add_column(column, justify="left" if column == "wire" else "right")
+    for r in (r for r in records[1:] if r["kind"] == "wire"):
+        first = r["wire"] == "float32"
+        below = ["" if first else exchanges.bandwidth(r[name]) for name in ("pays_below", "worth_it_below")]
+        wins = "" if r["fastest_from"] is None else _interval(r["fastest_from"], r["fastest_to"])
+        drawn.add_row(f"{r['workers']:,}", r["wire"], f"{r['bits_per_parameter']:.2f}", *below, wins)
+        if r["wire"] == exchanges.WIRES[-1]:
+            drawn.add_section()
+    drawn.caption = "fastest of all: among the bandwidths of the plot, 1 Mbit/s to 10 Tbit/s"
+    return drawn
+
+
+def _interval(low, high):
+    if high >= BANDWIDTHS[-1]:
+        return "all" if low <= BANDWIDTHS[0] else f"from {exchanges.bandwidth(low)}"
+    return (
+        f"up to {exchanges.bandwidth(high)}"
+        if low <= BANDWIDTHS[0]
+        else f"{exchanges.bandwidth(low)} to {exchanges.bandwidth(high)}"
+    )
+
+
+def plot(records: list[Record], folder: str) -> list[pathlib.Path]:
+    """Draw the time of a step against bandwidth, for each number of workers and for two levels, and the check.
 
     Returns:
-      Bits per second; 0 where no bandwidth is small enough, `math.inf` where any is.
-
-    Examples:
-      >>> cluster = Cluster(workers=2, bits_per_second=math.nan, latency_seconds=0.0, message_seconds=0.0)
-      >>> rates = Rates(pack=1e-9, count=0.0, unpack=0.0, add=0.0)
-      >>> f"{break_even(1_000_000, 'one_bit', cluster, rates):.3g}"  # 31 bits per parameter saved for 1 ns
-      '3.1e+10'
-      >>> break_even(1_000_000, "one_bit", cluster, Rates(0, 0, 0, 0))
-      inf
-      >>> break_even(1_000_000, "one_bit", cluster, rates, speed_up=33)
-      0.0
+      The figures' files.
     """
-    best = 0.0
-    for other in exchanges(parameters, against, cluster, rates):  # a single one for all but dealt ballots
-        for way in exchanges(parameters, wire, cluster, rates):
-            bits = 8 * (other.bytes - speed_up * way.bytes)
-            lost = speed_up * (compute_seconds + way.fixed_seconds) - (compute_seconds + other.fixed_seconds)
-            if bits > 0:
-                best = max(best, math.inf if lost <= 0 else bits / lost)
-            elif lost < 0:
-                raise ValueError(
-                    f"`break_even(against={against!r})` has to be a wire that sends more than {wire!r}, got one that only "
-                    "pays above a bandwidth."
-                )
-    return best
-
-
-def rates_of(stages: list[Record]) -> Rates:
-    """The rates that the records of `experiments/wire.py` hold: medians over the stages that were timed.
-
-    Args:
-      stages: Records, the header first. A stage packs, counts the ballots of all `workers` on all `parameters`, or
-        unpacks; stages that are missing keep their default.
-
-    Examples:
-      >>> found = [{"kind": "stage", "stage": "pack", "planes": 2, "workers": 8, "parameters": 1000, "seconds": [4e-6]}]
-      >>> f"{rates_of([{}, *found]).pack:.1e}"
-      '2.0e-09'
-    """
-    found = {}
-    for r in stages[1:]:
-        if r.get("kind") == "stage" and r["stage"] in ("pack", "count", "unpack"):
-            per = {"pack": r["planes"], "count": r["planes"] * r["workers"], "unpack": 1}[r["stage"]]
-            found.setdefault(r["stage"], []).append(statistics.median(r["seconds"]) / (r["parameters"] * per))
-    return dataclasses.replace(Rates(), **{stage: statistics.median(values) for stage, values in found.items()})
+    config = records[0]["config"]
+    compute = 1e-3 * config["step_ms"]
+    of_wires = [r for r in records[1:] if r["kind"] == "wire"]
+    sizes = [w for w in config["sizes"] if w in (config["sizes"][0], 64, config["sizes"][-1])]
+    two = [r for r in records[1:] if r["kind"] == "two levels"]
+    checked = [r for r in records[1:] if r["kind"] == "check"]
+    figure = Figure(figsize=(4.5 * (len(sizes) + 1 + bool(checked)), 4.2), layout="constrained")
+    axes = iter(figure.subplots(1, len(sizes) + 1 + bool(checked), squeeze=False)[0])
+    panels = [(f"{w:,} workers", [r for r in of_wires if r["workers"] == w], compute) for w in sizes]
+    panels.append((f"{two[0]['hosts']} hosts of {two[0]['devices']} devices", two, 0.0))
+    for title, curves, more in panels:
+        drawn = next(axes)
+        for r in curves:
+            drawn.plot(BANDWIDTHS, [s + more for s in r["seconds"]], label=r["wire"])
+        drawn.axhline(compute, color="grey", linestyle="--", linewidth=0.8, label="computation")
+        drawn.set(
+            title=title, xscale="log", yscale="log", xlabel="bits per second of a link", ylabel="seconds of a step"
+        )
+        drawn.grid(alpha=0.3)
+    drawn.legend(fontsize=8)
+    if checked:
+        drawn = next(axes)
+        for hosts in sorted({r["hosts"] for r in checked}):
+            own = [r for r in checked if r["hosts"] == hosts]
+            (line,) = drawn.plot(
+                [r["measured"] for r in own], [r["predicted"] for r in own], "o", label=f"{hosts} hosts"
+            )
+            turns = [r["taking_turns"] for r in own]
+            drawn.plot([r["measured"] for r in own], turns, "x", color=line.get_color(), label=f"{hosts}, taking turns")
+        ends = [f(r["measured"] for r in checked) for f in (min, max)]
+        drawn.plot(ends, ends, color="grey", linewidth=0.8)
+        drawn.set(title="check", xscale="log", yscale="log", xlabel="measured, s", ylabel="model, s")
+        drawn.legend(fontsize=8)
+    path = pathlib.Path(folder) / "cost.png"
+    figure.savefig(path, dpi=150)
+    return [path]

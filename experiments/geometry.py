@@ -34,7 +34,7 @@ from experiments.records import Record
 import signopt
 from signopt import diagnostics
 
-MODELS = {"mlp": models.MLP, "cnn": models.CNN}
+MODELS = {"mlp": models.MLP, "wide": models.WideMLP, "cnn": models.CNN}
 
 
 @dataclasses.dataclass(frozen=True)

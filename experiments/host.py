@@ -26,6 +26,7 @@ from experiments import models
 from experiments import namespaces
 from experiments import optimizers
 import signopt
+from signopt import bits
 from signopt import vote
 from signopt import wire as wires
 
@@ -48,13 +49,12 @@ def _int8_signs(values, state):
 def _gathered_signs(values, state):
     """Everybody's packed ballots to everybody, as most others do; counted as fast as `majority_vote` does."""
     everybody = lax.all_gather(vote.cast(values, "one_bit", AXIS, state.count, None), AXIS)
-    workers, planes, _ = everybody.shape
-    decided = vote.decide(vote.count(everybody), workers, planes, jnp.int32(1), state.count)
+    decided = vote.decide(bits.count(everybody), "one_bit", len(everybody), jnp.int32(1), state.count)
     return wires.unpack(decided, values), vote.MajorityVoteState(state.count + 1)
 
 
 # From this worker's values and the state of a vote to what all workers agree on, and the next state.
-BORDERS: dict[str, Callable[[Any, Any], tuple[Any, Any]]] = {
+BORDERS: dict[str, Callable[..., tuple[Any, Any]]] = {
     "float32 mean": _mean(jnp.float32),
     "bfloat16 mean": _mean(jnp.bfloat16),
     "int8 sum of signs": _int8_signs,
@@ -110,7 +110,7 @@ def _program(name, parameters, leaves):
     rng = np.random.default_rng(jax.process_index())
     sizes = [len(part) for part in np.array_split(np.empty(parameters, np.bool_), leaves)]
     first = [rng.standard_normal((1, size), np.float32) for size in sizes]
-    values, state = compiled(_on_hosts(first), _on_every_host(signopt.majority_vote(AXIS).init(None)))
+    values, state = compiled(_on_hosts(first), _on_every_host(signopt.majority_vote(AXIS).init(first)))
     after = [np.asarray(x.addressable_data(0)) for x in values]
     decided = [np.rint((x - y) / STEP).astype(np.int8) for x, y in zip(first, after, strict=True)]
     return compiled, [values, state], zlib.crc32(b"".join(x.tobytes() for x in decided))

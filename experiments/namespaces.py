@@ -17,7 +17,9 @@ import threading
 from typing import NamedTuple
 
 DEVICE = "eth0"  # of every host
-BURST_BYTES = 32_768  # what a link can pass at once after a pause; a vote of a million parameters is four times as large
+BURST_BYTES = (
+    32_768  # what a link can pass at once after a pause; a vote of a million parameters is four times as large
+)
 QUEUE_BYTES = 4_194_304  # what waits at a link before it drops; a host never waits for a packet that was lost
 HEADER_BYTES = 66  # of a packet: Ethernet 14, IP 20, TCP 20 and its time stamps 12
 PREFIX = "signopt"

@@ -34,22 +34,13 @@ import rich.progress
 import rich.table
 
 from experiments import cost
-from experiments import host
+from experiments import exchanges
 from experiments import namespaces
 from experiments.flags import flag
 from experiments.records import Record
 
 BASELINE = "float32 mean"
-# What each program of `experiments/host.py` sends, in the words of the cost model.
-WIRES = {
-    "float32 mean": "float32",
-    "bfloat16 mean": "bfloat16",
-    "int8 sum of signs": "int8",
-    "psum": "int8",
-    "bits gathered by all": "all_gather",
-    "two_bit": "two_bit",
-    "one_bit": "one_bit",
-}
+WIRES = cost.WIRE_OF_PROGRAM
 LIMITS = {"one_bit": 28, "two_bit": 14}  # at LIMITED_AT, how many times as fast as `BASELINE`, at least
 LIMITED_AT = 100.0
 RUNS = (("sgd", "mean"), ("signum", "two_bit"), ("signum", "one_bit"))
@@ -61,7 +52,9 @@ class Config:
     """The flags."""
 
     hosts: tuple[int, ...] = flag((2, 4), "numbers of hosts, a process each", at_least=2)
-    megabits: tuple[float, ...] = flag((100.0, 1000.0, 0.0), "Mbit/s of every link, each way; 0 for no limit", at_least=0)
+    megabits: tuple[float, ...] = flag(
+        (100.0, 1000.0, 0.0), "Mbit/s of every link, each way; 0 for no limit", at_least=0
+    )
     parameters: int = flag(4_194_304, "parameters of a vote", at_least=1)
     leaves: int = flag(1, "arrays that they are in", at_least=1)
     rounds: int = flag(5, "how often each program takes its turn; 0 for no votes", at_least=0)
@@ -111,17 +104,22 @@ def _measure(config, count, megabits, ask):
     for turn in rich.progress.track(range(config.rounds), f"{name}: votes", transient=True):
         order = list(WIRES)
         for program in order[turn % len(order) :] + order[: turn % len(order)]:
-            formula = cost.bytes_sent(config.parameters, count, WIRES[program], leaves=config.leaves)
+            formula = exchanges.bytes_sent(config.parameters, count, WIRES[program], leaves=config.leaves)
             expected = 8 * formula / (1e6 * megabits) if megabits else 0.0
             votes = min(10, max(2, round(config.seconds / max(expected, 1e-3))))
             asked = {"program": program, "parameters": config.parameters, "leaves": config.leaves, "count": votes}
             found = ask("votes", **asked)
-            yield {"kind": "vote", "round": turn, "formula_bytes": formula} | asked | _together(found) | {
-                "decided": found[0]["decided"],
-                "same_everywhere": len({answer["decided"] for answer in found}) == 1,
-            }
+            yield (
+                {"kind": "vote", "round": turn, "formula_bytes": formula}
+                | asked
+                | _together(found)
+                | {
+                    "decided": found[0]["decided"],
+                    "same_everywhere": len({answer["decided"] for answer in found}) == 1,
+                }
+            )
     if megabits and config.rounds:
-        size = cost.bytes_sent(config.parameters, count, "one_bit") // (count - 1) * count // 2
+        size = exchanges.bytes_sent(config.parameters, count, "one_bit") // (count - 1) * count // 2
         for collective in ("all_to_all", "all_gather"):
             for delay in (0.0, 0.01):
                 asked = {"collective": collective, "size": size, "delay": delay}
@@ -246,7 +244,15 @@ def _table_of_votes(records):
     drawn = rich.table.Table(
         title=f"votes on {size:,} parameters in {leaves} array{'s' * (leaves > 1)}, {header['cores']} cores, medians"
     )
-    columns = ("ms", "x as fast\nas float32", "quartiles", "to expect,\nat least", "bits per\nparameter", "formula", "with\nheaders")
+    columns = (
+        "ms",
+        "x as fast\nas float32",
+        "quartiles",
+        "to expect,\nat least",
+        "bits per\nparameter",
+        "formula",
+        "with\nheaders",
+    )
     _rows(drawn, [("hosts", "right"), ("link", "right"), ("program", "left"), *((c, "right") for c in columns)])
     for hosts in header["config"]["hosts"]:
         for megabits in header["config"]["megabits"]:
@@ -300,7 +306,16 @@ def _table_of_trainings(records):
         f"are right, {config['batch_size']} images per host, mean of {config['seeds']} seeds"
     )
     columns = ("learning rate", "steps", "seconds", "x as fast\nas sgd", "ms a step", "accuracy")
-    _rows(drawn, [("hosts", "right"), ("link", "right"), ("optimizer", "left"), ("wire", "left"), *((c, "right") for c in columns)])
+    _rows(
+        drawn,
+        [
+            ("hosts", "right"),
+            ("link", "right"),
+            ("optimizer", "left"),
+            ("wire", "left"),
+            *((c, "right") for c in columns),
+        ],
+    )
     for (hosts, megabits, optimizer, wire), runs in found.items():
         seconds, steps = (statistics.mean(r[name] for r in runs) for name in ("seconds", "steps"))
         sgd = found.get((hosts, megabits, *RUNS[0]))
@@ -333,9 +348,7 @@ def plot(records: list[Record], folder: str) -> list[pathlib.Path]:
         else:
             found, baseline = _trainings(records), "SGD and a mean in float32"
             mean = {key: statistics.mean(r["seconds"] for r in runs) for key, runs in found.items()}
-            values = {
-                ", ".join(run): [mean[*case, *RUNS[0]] / mean[*case, *run] for case in cases] for run in RUNS[1:]
-            }
+            values = {", ".join(run): [mean[*case, *RUNS[0]] / mean[*case, *run] for case in cases] for run in RUNS[1:]}
         width = 0.8 / len(values)
         for i, (name, heights) in enumerate(values.items()):
             axes.bar([x + width * (i + 0.5) - 0.4 for x in range(len(cases))], heights, width, label=name)
