@@ -161,12 +161,18 @@ def words(records: list[Record]) -> list[str]:
         + ("." if max(two_bit, one_bit) > 1.05 else ": on this network, keep the mean."),
     ]
     for r in (r for r in records[1:] if r["kind"] == "model"):
-        any_gain, double = (exchanges.bandwidth(r["below"][gain]) for gain in ("1.1", "2.0"))
+        some, double = (_where(r["below"][gain]) for gain in ("1.1", "2.0"))
         said.append(
             f"The cost model, for {config['hosts']} hosts with a link each and {1e3 * r['compute_seconds']:.3g} ms of "
-            f"computation: {r['wire']} makes the step 1.1 times as fast below {any_gain}bit/s, and twice below {double}bit/s."
+            f"computation: {r['wire']} makes the step 1.1 times as fast {some}, and twice {double}."
         )
     return said
+
+
+def _where(bits_per_second):
+    if bits_per_second is None:
+        return "at any bandwidth"
+    return f"below {exchanges.bandwidth(bits_per_second)}bit/s" if bits_per_second else "below no bandwidth"
 
 
 def table(records: list[Record]) -> rich.console.Group:

@@ -187,8 +187,6 @@ def _remove(names):
     for name in names:
         subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
         shutil.rmtree(HOSTS_FOLDER / name, ignore_errors=True)
-    with contextlib.suppress(OSError):  # not ours alone
-        HOSTS_FOLDER.rmdir()
 
 
 def _namespaces():
