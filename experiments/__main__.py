@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Sequence
+import dataclasses
 import importlib
 import pathlib
 import sys
@@ -10,6 +11,7 @@ from rich.console import Console
 
 from experiments import devices
 from experiments import flags
+from experiments import processes
 from experiments import records
 
 FOLDER = pathlib.Path(__file__).parent
@@ -39,10 +41,19 @@ def main(arguments: Sequence[str]) -> None:
         sys.exit(f"error: there is no experiment {name!r}; there are: {', '.join(found)}")
     experiment = importlib.import_module(f"experiments.{name}")
     config = flags.parse(experiment.Config, rest, program=f"python -m experiments {name}", about=experiment.__doc__)
-    devices.prepare(config.workers)
     try:
-        path = records.write(config.output, records.header(name, config), experiment.run(config))
-    except OSError as error:  # no such data, or nothing to go on from
+        if getattr(config, "distributed", False):
+            processes.join()
+            config = dataclasses.replace(config, workers=processes.workers(config.workers))
+        else:
+            devices.prepare(config.workers)
+        found = experiment.run(config)
+        if not processes.is_first():
+            for _ in found:  # it works, and leaves the telling to the first
+                pass
+            return
+        path = records.write(config.output, records.header(name, config), found)
+    except OSError as error:  # no such data, nothing to go on from, or no other processes
         sys.exit(f"error: {error}")
     done = records.read(path)
     figures = experiment.plot(done, config.output)

@@ -150,7 +150,16 @@ def unflatten(restored: Restored, like: Any, folder: pathlib.Path) -> Any:
 
 
 def _manager(folder):
-    options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, enable_async_checkpointing=False)
+    me = jax.process_index()  # Orbax would wait for all processes to save their shards; here one has all of it
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=KEPT,
+        enable_async_checkpointing=False,
+        multiprocessing_options=ocp.options.MultiprocessingOptions(
+            primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process-{me}"
+        )
+        if jax.process_count() > 1
+        else ocp.options.MultiprocessingOptions(),
+    )
     return ocp.CheckpointManager(folder.absolute(), options=options)
 
 

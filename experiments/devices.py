@@ -21,11 +21,14 @@ def prepare(count: int) -> None:
 
 
 def take(count: int) -> list:
-    """`count` devices: accelerators where there are enough, else host devices.
+    """`count` devices: accelerators where there are enough, else host devices; with many processes equally many of each.
 
     Raises:
       ValueError: If there are fewer.
     """
+    if jax.process_count() > 1:
+        each = count // jax.process_count()
+        return [device for i in range(jax.process_count()) for device in jax.local_devices(process_index=i)[:each]]
     for found in (jax.devices(), jax.devices("cpu")):
         if len(found) >= count:
             return found[:count]

@@ -31,6 +31,7 @@ def header(experiment: str, config: Any) -> Record:
         "device": device.device_kind,
         "platform": device.platform,
         "devices": jax.device_count(),
+        "processes": jax.process_count(),
         "cores": os.cpu_count(),
         "seeds": list(range(config.seeds)),
     }

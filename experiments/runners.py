@@ -1,4 +1,4 @@
-"""Runners: the same step for one worker, on one device, on a mesh of devices, or under `jax.pmap`.
+"""Runners: the same step for one worker, on one device, on a mesh of devices, or under `jax.pmap`, in one process or many.
 
 A runner carries a training state for each seed. On one device all seeds and all workers are one program, a vmap of a
 vmap; on several devices the seeds follow each other.
@@ -12,6 +12,7 @@ from jax import lax
 import numpy as np
 
 from experiments import devices
+from experiments import processes
 import signopt
 
 AXIS = "workers"
@@ -50,28 +51,33 @@ def mesh(step: Step, num_workers: int) -> Runner:
     axis_types = (jax.sharding.AxisType.Auto,)
     grid = jax.make_mesh((num_workers,), (AXIS,), axis_types, devices=devices.take(num_workers))
     together = signopt.workers.on_mesh(step, grid, axis_name=AXIS)
-    return Runner(start=_unstack, advance=_one_by_one(together), read=lambda states: _stack(jax.device_get(states)))
+    read = lambda states: _stack(processes.on_host(states))
+    return Runner(start=_unstack, advance=_one_by_one(together, processes.on_host), read=read)
 
 
 def pmap(step: Step, num_workers: int) -> Runner:
     """Each worker on a device of its own, through `jax.pmap`: every state has a copy on each device."""
     mapped = jax.pmap(step, axis_name=AXIS, devices=devices.take(num_workers))
+    here = num_workers // jax.process_count()
+    own = slice(
+        jax.process_index() * here, (jax.process_index() + 1) * here
+    )  # `pmap` takes what its process's devices get
 
     def together(state, batch):
-        return mapped(state, signopt.workers.split_batch(batch, num_workers))
+        return mapped(state, jax.tree.map(lambda x: x[own], signopt.workers.split_batch(batch, num_workers)))
 
     def start(states):
-        copies = jax.tree.map(lambda x: np.repeat(np.asarray(x)[:, None], num_workers, axis=1), states)
+        copies = jax.tree.map(lambda x: np.repeat(np.asarray(x)[:, None], here, axis=1), states)
         return _unstack(copies)
 
     def read(states):
         return _stack(jax.tree.map(lambda x: x[0], jax.device_get(states)))
 
-    return Runner(start, _one_by_one(together), read)
+    return Runner(start, _one_by_one(together, processes.joined), read)
 
 
-def _one_by_one(together):
-    """A plain training loop, for each seed."""
+def _one_by_one(together, fetch):
+    """A plain training loop, for each seed; `fetch` brings the metrics of all workers to the host."""
 
     def advance(states, batches):
         states, metrics = list(states), []
@@ -81,7 +87,7 @@ def _one_by_one(together):
                 state, metric = together(state, batch)
                 found.append(metric)
             states[seed] = state
-            metrics.append(_stack(jax.device_get(found)))
+            metrics.append(_stack(fetch(found)))
         return states, _stack(metrics)
 
     return advance

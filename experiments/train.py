@@ -7,6 +7,7 @@ and all take a step along the majority's. Learning rates follow a cosine to zero
     python -m experiments train
     python -m experiments train --runner simulate --seeds 10 --wire one_bit,two_bit
     python -m experiments train --checkpoint results/checkpoint             # and after a crash the same with --resume
+    mpirun -n 4 python -m experiments train --distributed                   # or srun: docs/many_hosts.md
 
 Time and numbers to expect are in experiments/README.md.
 """
@@ -30,6 +31,7 @@ from experiments import checkpoints
 from experiments import data
 from experiments import models
 from experiments import optimizers
+from experiments import processes
 from experiments import runners
 from experiments.flags import flag
 from experiments.records import Record
@@ -45,7 +47,8 @@ class Config:
 
     optimizer: tuple[str, ...] = flag(("sgd", "signum"), "what to compare", choices=tuple(optimizers.RECIPES))
     wire: tuple[str, ...] = flag(("one_bit",), "how votes travel", choices=("one_bit", "two_bit", "psum"))
-    workers: int = flag(8, "number of workers", at_least=1)
+    workers: int = flag(0, "number of workers; if 0, eight, or with --distributed one for each device", at_least=0)
+    distributed: bool = flag(False, "be one of many processes, started by srun, mpirun, Kubernetes or by hand")
     runner: str = flag("mesh", "one device, a mesh of devices, or jax.pmap", choices=tuple(RUNNERS))
     dataset: str = flag("digits", "what to learn", choices=data.NAMES)
     data_file: str = flag("", "an .npz with x_train, y_train, x_test and y_test, for mnist and cifar10")
@@ -61,6 +64,10 @@ class Config:
     checkpoint: str = flag("", "folder for checkpoints, one at each look at the test images; none if empty")
     resume: bool = flag(False, "go on from the newest checkpoint, on as many workers as this run has")
     output: str = flag("results/train", "folder for records and plots")
+
+    def __post_init__(self):
+        if not (self.workers or self.distributed):  # how many devices there are is known once all processes have met
+            object.__setattr__(self, "workers", 8)
 
 
 # What a run that goes on has to share with the one that wrote the checkpoint.
@@ -97,8 +104,13 @@ def run(config: Config) -> Iterator[Record]:
       its checkpoint.
 
     Raises:
-      CheckpointError: Before anything is trained or written, if there is nothing to go on from or it would be lost.
+      OSError: Before anything is trained or written, if there is nothing to go on from or it would be lost, or if many
+        processes shall be one device.
     """
+    if config.distributed and config.runner == "simulate":
+        raise processes.ProcessError(
+            "`--distributed` has to come with `--runner mesh` or `pmap`, got simulate, which has all workers on one device."
+        )
     runs = [(name, wire) for name in config.optimizer for wire in _wires(config, name)]
     saved = _open_checkpoints(config, runs)  # now, not when the first record is asked for
     return _run(config, runs, saved)
@@ -109,7 +121,8 @@ def _run(config, runs, saved):
     dataset = data.hold_out(dataset) if config.validation else dataset
     net = models.network(MODELS[config.dataset], dataset.train_images.shape[1:])
     columns = ("{task.description}", rich.progress.BarColumn(), rich.progress.MofNCompleteColumn(), "steps")
-    with rich.progress.Progress(*columns, rich.progress.TimeElapsedColumn()) as progress:
+    elapsed = rich.progress.TimeElapsedColumn()
+    with rich.progress.Progress(*columns, elapsed, disable=not processes.is_first()) as progress:
         for name, wire in runs:
             task = progress.add_task(f"{name}, {wire}", total=config.steps)
             folder = _folder(config, name, wire) if config.checkpoint else None
@@ -137,14 +150,17 @@ def _open_checkpoints(config, runs):
             "`--checkpoint` has to come with `--runner mesh` or `simulate`, got pmap, whose states do not say what is "
             "one worker's own."
         )
-    checkpoints.claim(
-        config.checkpoint,
-        {"experiment": "train"} | {field: getattr(config, field) for field in _FIXED},
-        resume=config.resume,
-    )
+    manifest = {"experiment": "train"} | {field: getattr(config, field) for field in _FIXED}
+    claim = functools.partial(checkpoints.claim, config.checkpoint, manifest, resume=config.resume)
+    processes.together(claim, only_first=True)
     if not config.resume:
         return {}
-    found = {run: checkpoints.restore(_folder(config, *run)) for run in runs}
+    found = processes.together(lambda: {run: checkpoints.restore(_folder(config, *run)) for run in runs})
+    if not processes.same([-1 if restored is None else restored.step for restored in found.values()]):
+        raise checkpoints.CheckpointError(
+            f"`--checkpoint {config.checkpoint}` has to be a folder that every process sees, got other checkpoints on some. "
+            "Name one on a shared file system."
+        )
     return {run: restored for run, restored in found.items() if restored is not None}
 
 
@@ -190,6 +206,8 @@ def _train(config, dataset, net, recipe, wire, folder, saved):
         seconds += time.perf_counter() - begin
         done = start + chosen.shape[1]
         states = runner.read(carried)
+        if not processes.is_first():
+            continue
         correct = accuracies(states.params, dataset.test_images, dataset.test_labels)
         looks = [
             {

@@ -17,6 +17,8 @@ from jax.sharding import PartitionSpec
 import optax
 
 from signopt import axis
+from signopt import processes
+from signopt.processes import assert_alike as assert_alike
 from signopt.shards import on_shards as on_shards
 from signopt.state import PerWorkerState as PerWorkerState
 from signopt.state import owners
@@ -200,11 +202,14 @@ def on_mesh(
     Returns:
       A jitted function from the state of all workers and the whole batch to the new state and the metrics of all
       workers, stacked along a leading axis. Arguments that are not on the mesh are put there first: batches and
-      state inside a `PerWorkerState` split over the workers, all other state on every device.
+      state inside a `PerWorkerState` split over the workers, all other state on every device. With several processes
+      each has to be given the whole batch, or an array that lies on the mesh
+      (`jax.make_array_from_process_local_data`). Its first call compares versions, shapes and dtypes, the compiled
+      step, and shared state between the processes; inside of jit it does not.
 
     Raises:
       ValueError: If the mesh has no such axis; when called, if the batch cannot be split, or shared state would differ
-        between workers.
+        between workers; on every process, before the first step, if they were not given the same.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, signopt
@@ -260,14 +265,28 @@ def on_mesh(
         if isinstance(x, Tracer):  # inside jit the compiler lays out what types do not
             return jax.device_put(x, NamedSharding(mesh, spec)) if explicit else x
         at = getattr(x, "sharding", None)
-        return x if isinstance(at, NamedSharding) and at.mesh == mesh else jax.device_put(x, NamedSharding(mesh, spec))
+        on_it = isinstance(at, NamedSharding) and at.mesh == mesh
+        return x if on_it else processes.put(x, NamedSharding(mesh, spec))
+
+    compared = len({device.process_index for device in mesh.devices.flat}) == 1
 
     @functools.wraps(step)
     def run(state, batch):
+        nonlocal compared
+        first = not (compared or any(isinstance(x, Tracer) for x in jax.tree.leaves((state, batch))))
+        if first:  # before anything that may fail on one process only
+            about = processes.describe(state=state, batch=batch) | processes.values(state=state)
+            processes.compare(about, mesh, "on_mesh")
         _check_num_workers(state, own_workers, "on_mesh")
         _check_batch(batch, workers, "on_mesh")
         state = jax.tree.map(put, state, partition_specs(state, of_state))
-        return compiled(state, jax.tree.map(lambda x: put(x, of_batch), batch))
+        batch = jax.tree.map(lambda x: put(x, of_batch), batch)
+        if first:
+            program = processes.digest(compiled.lower(state, batch).as_text())
+            processes.compare({"the compiled step (its code, wire and constants)": program}, mesh, "on_mesh")
+            assert_in_sync(state)
+            compared = True
+        return compiled(state, batch)
 
     return run
 
