@@ -51,7 +51,10 @@ def mesh(step: Step, num_workers: int) -> Runner:
     axis_types = (jax.sharding.AxisType.Auto,)
     grid = jax.make_mesh((num_workers,), (AXIS,), axis_types, devices=devices.take(num_workers))
     together = signopt.workers.on_mesh(step, grid, axis_name=AXIS)
-    read = lambda states: _stack(processes.on_host(states))
+
+    def read(states):
+        return _stack(processes.on_host(states))
+
     return Runner(start=_unstack, advance=_one_by_one(together, processes.on_host), read=read)
 
 

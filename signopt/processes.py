@@ -98,19 +98,19 @@ def compare(about: Mapping[str, str], mesh: Mesh, caller: str) -> None:
     if len(leaders) < 2:
         return
     text = json.dumps(dict(about)).encode()
-    found = {process: row.tobytes() for process, row in _gather(hashlib.sha256(text).digest(), leaders).items()}
-    if len(set(found.values())) == 1:
+    heads = _gather(hashlib.sha256(text).digest() + len(text).to_bytes(8, "little"), leaders)
+    if len({head.tobytes() for head in heads.values()}) == 1:
         return
-    sizes = _gather(np.array([len(text)], np.int32).tobytes(), leaders)
-    longest = max(int(row.view(np.int32)[0]) for row in sizes.values())
+    longest = max(int.from_bytes(head[-8:].tobytes(), "little") for head in heads.values())
     texts = _gather(text.ljust(longest), leaders)
     by_process = {process: json.loads(row.tobytes()) for process, row in sorted(texts.items())}
     names = dict.fromkeys(name for own in by_process.values() for name in own)
     differ = [name for name in names if len({own.get(name) for own in by_process.values()}) > 1]
-    # A leaf that is another says more than its values, or the tree around it.
-    implied = {f"the values of {name}" for name in differ}
-    plain = [name for name in differ if name not in implied and not name.startswith("the structure of ")]
-    differ = plain or differ
+    # Another leaf says more than other values, and the tree around it.
+    ranked = [[], [], []]
+    for name in differ:
+        ranked[name.startswith("the values of ") + 2 * name.startswith("the structure of ")].append(name)
+    differ = next(group for group in ranked if group)
     more = f", and {len(differ) - SHOWN} more" if len(differ) > SHOWN else ""
     raise ValueError(
         f"`{caller}(...)` has to be given the same on every process, with the same versions, got "
