@@ -61,10 +61,9 @@ def mesh(step: Step, num_workers: int) -> Runner:
 def pmap(step: Step, num_workers: int) -> Runner:
     """Each worker on a device of its own, through `jax.pmap`: every state has a copy on each device."""
     mapped = jax.pmap(step, axis_name=AXIS, devices=devices.take(num_workers))
+    # `pmap` takes what belongs to the devices of its own process.
     here = num_workers // jax.process_count()
-    own = slice(
-        jax.process_index() * here, (jax.process_index() + 1) * here
-    )  # `pmap` takes what its process's devices get
+    own = slice(jax.process_index() * here, (jax.process_index() + 1) * here)
 
     def together(state, batch):
         return mapped(state, jax.tree.map(lambda x: x[own], signopt.workers.split_batch(batch, num_workers)))

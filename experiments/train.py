@@ -117,7 +117,7 @@ def run(config: Config) -> Iterator[Record]:
 
 
 def _run(config, runs, saved):
-    dataset = data.load(config.dataset, config.data_file)
+    dataset = processes.together(lambda: data.load(config.dataset, config.data_file))
     dataset = data.hold_out(dataset) if config.validation else dataset
     net = models.network(MODELS[config.dataset], dataset.train_images.shape[1:])
     columns = ("{task.description}", rich.progress.BarColumn(), rich.progress.MofNCompleteColumn(), "steps")

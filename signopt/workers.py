@@ -277,6 +277,8 @@ def on_mesh(
         if first:  # before anything that may fail on one process only
             about = processes.describe(state=state, batch=batch) | processes.values(state=state)
             processes.compare(about, mesh, "on_mesh")
+            if any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in jax.tree.leaves(state)):
+                assert_in_sync(state)
         _check_num_workers(state, own_workers, "on_mesh")
         _check_batch(batch, workers, "on_mesh")
         state = jax.tree.map(put, state, partition_specs(state, of_state))
@@ -284,7 +286,6 @@ def on_mesh(
         if first:
             program = processes.digest(compiled.lower(state, batch).as_text())
             processes.compare({"the compiled step (its code, wire and constants)": program}, mesh, "on_mesh")
-            assert_in_sync(state)
             compared = True
         return compiled(state, batch)
 

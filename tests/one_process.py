@@ -166,10 +166,9 @@ def differences(folder):
             processes.compare = compare
         workers.assert_in_sync(state)
 
-    def nudged(odd):
+    def replicas(odd):
         copies = [jax.device_put(ones + (odd and i == 1), device) for i, device in enumerate(jax.local_devices())]
-        state = {"w": jax.make_array_from_single_device_arrays((3,), NamedSharding(mesh, P()), copies)}
-        assert workers.assert_in_sync(state) is True
+        return {"w": jax.make_array_from_single_device_arrays((3,), NamedSharding(mesh, P()), copies)}
 
     def own_mesh():
         """Only one process looks at its own devices: nobody else may have to come."""
@@ -202,8 +201,10 @@ def differences(folder):
         "not compared": not_compared,
         "trees alike": lambda: workers.assert_alike(state={"w": ones}),
         "trees": lambda: workers.assert_alike(mesh, state={"w": np.ones(pick(3, 4))}),
-        "replicas alike": lambda: nudged(False),
-        "replicas": lambda: nudged(other),
+        "replicas alike": lambda: workers.assert_in_sync(replicas(False)),
+        "replicas": lambda: workers.assert_in_sync(replicas(other)),
+        "placed replicas alike": lambda: voted(replicas(False)),
+        "placed replicas": lambda: voted(replicas(other)),
         "own mesh": own_mesh,
         "local batches": local_batches,
         "still alive": voted,

@@ -166,7 +166,17 @@ def test_on_mesh_names_what_another_process_was_given_on_every_process(case, two
 
 
 @pytest.mark.parametrize(
-    "case", ("nothing", "three steps", "trees alike", "replicas alike", "own mesh", "local batches", "still alive")
+    "case",
+    (
+        "nothing",
+        "three steps",
+        "trees alike",
+        "replicas alike",
+        "placed replicas alike",
+        "own mesh",
+        "local batches",
+        "still alive",
+    ),
 )
 def test_nothing_is_said_where_nothing_differs(case, two):
     assert said(two, case) is None
@@ -184,6 +194,7 @@ def test_assert_alike_compares_the_trees_of_a_loop_of_one_s_own(two):
 
 def test_replicas_on_the_devices_of_two_processes_are_compared(two):
     assert "got others at `state['w']` on cpu:2049 than on 7 of 8 devices" in said(two, "replicas")
+    assert "got others at `state[0]['w']` on cpu:2049 than on 7 of 8 devices" in said(two, "placed replicas")
 
 
 # ---- in one process --------------------------------------------------------------------------------------------------
