@@ -91,6 +91,7 @@ def save(folder: pathlib.Path, step: int, state: Any, about: Mapping[str, Any]) 
         {**_described(path, x), "crc32": zlib.crc32(np.ascontiguousarray(x).tobytes())}
         for (path, _), x in zip(jax.tree.leaves_with_path(state), leaves.values(), strict=True)
     ]
+    folder.mkdir(parents=True, exist_ok=True)
     with _manager(folder) as manager:
         stored = {name: x for name, x in leaves.items() if x.size}  # Orbax refuses empty arrays
         items = ocp.args.Composite(
@@ -150,16 +151,12 @@ def unflatten(restored: Restored, like: Any, folder: pathlib.Path) -> Any:
 
 
 def _manager(folder):
-    me = jax.process_index()  # Orbax would wait for all processes to save their shards; here one has all of it
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=KEPT,
-        enable_async_checkpointing=False,
-        multiprocessing_options=ocp.options.MultiprocessingOptions(
+    options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, enable_async_checkpointing=False, create=False)
+    if jax.process_count() > 1:  # Orbax would wait for all to save their shards; here one process has all of it
+        me = jax.process_index()
+        options.multiprocessing_options = ocp.options.MultiprocessingOptions(
             primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process-{me}"
         )
-        if jax.process_count() > 1
-        else ocp.options.MultiprocessingOptions(),
-    )
     return ocp.CheckpointManager(folder.absolute(), options=options)
 
 

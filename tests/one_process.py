@@ -1,6 +1,7 @@
 """What one of several processes does in tests/test_processes.py, which starts it with `START`."""
 
 import functools
+import itertools
 import json
 import time
 
@@ -109,10 +110,12 @@ def runners(folder, *names):
     """Train with each runner that is named, and save the leaves of its last state."""
     for name in names:
         state = train(*RUNNERS[name]())
-        if name == "pmap":  # a copy of what is shared for each device
-            axes = test_runners.axes_of(state)
-            state = jax.tree.map(lambda axis, x: x if axis == 0 else x[0], axes, state, is_leaf=lambda x: x is None)
-        np.savez(folder / f"{name} {jax.process_index()}.npz", *as_bytes(on_host(state)))
+        if name == "pmap":  # what is shared has a copy for each device, the rest lies with its process
+            whole = lambda axis, x: on_host(x) if axis == 0 else np.asarray(x[-1])
+            state = jax.tree.map(whole, test_runners.axes_of(state), state, is_leaf=lambda x: x is None)
+        else:
+            state = on_host(state)
+        np.savez(folder / f"{name} {jax.process_index()}.npz", *as_bytes(state))
 
 
 def as_bytes(tree):
