@@ -27,7 +27,7 @@ from signopt import workers
 
 TESTS = pathlib.Path(__file__).parent
 ROOT = TESTS.parent
-PATIENCE = 400  # seconds, for a machine with far more to do
+PATIENCE = 600  # seconds, for a machine with far more to do
 HEARTBEAT = 10
 
 
@@ -120,7 +120,6 @@ def same(one, other):
     return [a.tobytes() == b.tobytes() for a, b in zip(one, other, strict=True)]
 
 
-@pytest.mark.filterwarnings("ignore:Some donated buffers")
 @pytest.mark.parametrize("name", ON_TWO)
 def test_two_processes_of_four_devices_give_the_bits_of_one_of_eight(name, two, one):
     for process in range(2):
@@ -294,22 +293,21 @@ def test_processes_go_on_from_a_checkpoint_of_one_and_end_with_its_bits(alone, t
 
 
 def test_slurm_s_variables_are_enough(alone, tmp_path):
-    """As `srun` sets them; here for four processes of one device each, under `jax.pmap`."""
-    port = free_port()
-    shared = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_NODES": "1"}
-    each = [shared | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(4)]
+    """As `srun` sets them; here under `jax.pmap`."""
+    shared = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "1"}
+    shared |= {"JAX_COORDINATOR_PORT": str(free_port())}
+    each = [shared | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(2)]
     flags = [*STEPS, "--runner", "pmap", "--output", str(tmp_path)]
-    finish(tmp_path, [COMMAND + flags] * 4, [environment(1, JAX_COORDINATOR_PORT=str(port), **own) for own in each])
+    finish(tmp_path, [COMMAND + flags] * 2, [environment(2, **own) for own in each])
     assert untimed(records.read(tmp_path / records.FILE)[1:]) == untimed(alone[0])
 
 
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="`mpirun` is not installed (Debian: openmpi-bin)")
 def test_open_mpi_is_enough(alone, tmp_path):
-    launcher = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "4"]
-    variables = {name: value for name, value in environment(1).items() if name != "XLA_FLAGS"}
-    finish(tmp_path, [launcher + COMMAND + STEPS + ["--output", str(tmp_path)]], [variables])
+    launcher = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2"]
+    finish(tmp_path, [launcher + COMMAND + STEPS + ["--output", str(tmp_path)]], [environment(2)])
     header, *found = records.read(tmp_path / records.FILE)
-    assert (header["config"]["workers"], header["processes"]) == (4, 4)
+    assert (header["config"]["workers"], header["processes"]) == (4, 2)
     assert untimed(found) == untimed(alone[0])
 
 
