@@ -225,6 +225,13 @@ def test_where_callbacks_lie_makes_no_other_program():
 
 # ---- a process that dies ---------------------------------------------------------------------------------------------
 
+REASONS = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "heartbeat",
+    "JAX distributed service detected fatal errors",
+)
+
 
 @pytest.mark.parametrize(
     ("victim", "how"),
@@ -248,7 +255,7 @@ def test_the_others_end_with_an_error_in_time(victim, how, tmp_path):
         for i, process in enumerate(found):
             if i != victim:
                 assert process.wait(90 - (time.monotonic() - begin)) != 0
-                assert "JaxRuntimeError" in output(tmp_path, i) or "heartbeat" in output(tmp_path, i).lower()
+                assert any(reason in output(tmp_path, i) for reason in REASONS)
 
 
 # ---- python -m experiments train --distributed -----------------------------------------------------------------------
