@@ -41,7 +41,9 @@ class Config:
     learning_rate: float = flag(0.05, "of everything that is not adaptive", at_least=0)
     workers: int = flag(256, "voters of the paper's figure", at_least=2)
     fewer: tuple[int, ...] = flag((8, 64), "other numbers of voters, divisors of 256", at_least=2)
-    seeds: int = flag(10, "number of runs: seeds 0, 1, 2, ...", at_least=1)
+    betas: tuple[float, ...] = flag((), "other decay rates of the default's momentum, for the other numbers of voters")
+    seeds: int = flag(10, "number of runs", at_least=1)
+    first_seed: int = flag(0, "the seed of the first run; the others follow", at_least=0)
     output: str = flag("results/toy_noise", "folder for records and plots")
 
 
@@ -62,6 +64,9 @@ def methods(config: Config) -> dict[str, tuple[optax.GradientTransformation, int
             f"adaptive, the paper's, {number} voters": (papers(number), number, 1.0),
             f"adaptive, {number} voters": (signopt.mh_signsgd(axis_name=AXIS, num_workers=number), number, 1.0),
         }
+        for beta in config.betas:
+            optimizer = signopt.mh_signsgd(axis_name=AXIS, num_workers=number, beta=beta)
+            found[f"adaptive, beta {beta:g}, {number} voters"] = (optimizer, number, 1.0)
     return found
 
 
@@ -71,7 +76,7 @@ def papers(voters: int) -> optax.GradientTransformationExtraArgs:
 
 
 def losses(
-    optimizer: optax.GradientTransformation, *, voters: int, noise: float, steps: int, seeds: int
+    optimizer: optax.GradientTransformation, *, voters: int, noise: float, steps: int, seeds: int, first_seed: int = 0
 ) -> tuple[jax.Array, jax.Array]:
     """The loss at every step of every run, and the learning rates that were found (0 by who does not look for one).
 
@@ -99,7 +104,7 @@ def losses(
 
         return lax.scan(body, (x, optimizer.init(x)), jnp.arange(1, steps + 1))[1]
 
-    return jax.jit(jax.vmap(one_run))(jnp.arange(seeds))
+    return jax.jit(jax.vmap(one_run))(first_seed + jnp.arange(seeds))
 
 
 def run(config: Config) -> Iterator[Record]:
@@ -111,7 +116,14 @@ def run(config: Config) -> Iterator[Record]:
     """
     steps = np.unique(np.geomspace(1, config.steps, 120).astype(int))
     for name, (optimizer, voters, noise) in methods(config).items():
-        found, rates = losses(optimizer, voters=voters, noise=noise, steps=config.steps, seeds=config.seeds)
+        found, rates = losses(
+            optimizer,
+            voters=voters,
+            noise=noise,
+            steps=config.steps,
+            seeds=config.seeds,
+            first_seed=config.first_seed,
+        )
         yield {
             "method": name,
             "voters": voters,
@@ -128,12 +140,23 @@ def table(records: list[Record]) -> rich.table.Table:
     drawn = rich.table.Table(title=f"|x|^2 / 2, {config['steps']} steps, mean of {config['seeds']} runs")
     for column in ("method", f"mean loss of the last {config['tail']} steps", "fixed / this, same voters"):
         drawn.add_column(column, justify="left" if column == "method" else "right")
-    tails = {record["method"]: np.mean(record["tails"]) for record in records[1:]}
+    tails = {record["method"]: record["tails"] for record in records[1:]}
     for record in records[1:]:
-        tail, fixed = tails[record["method"]], tails.get(f"vote, {record['voters']} voters")
+        own, fixed = record["tails"], tails.get(f"vote, {record['voters']} voters")
         adaptive = record["method"].startswith("adaptive") and "no noise" not in record["method"]
-        drawn.add_row(record["method"], f"{tail:.3g}", f"{fixed / tail:.1f}" if adaptive and fixed else "")
+        compared = "{:.1f} ± {:.1f}".format(*ratio(fixed, own)) if adaptive and fixed else ""
+        drawn.add_row(record["method"], f"{np.mean(own):.3g}", compared)
     return drawn
+
+
+def ratio(fixed: list[float], adaptive: list[float]) -> tuple[float, float]:
+    """The ratio of two means over the same runs, and its jackknife standard error (0 for a single run)."""
+    pairs = np.array([fixed, adaptive])
+    left_out = (pairs.sum(1, keepdims=True) - pairs) if pairs.shape[1] > 1 else pairs
+    ratios, runs = left_out[0] / left_out[1], pairs.shape[1]
+    return float(pairs[0].sum() / pairs[1].sum()), float(
+        np.sqrt((runs - 1) / runs * np.sum((ratios - ratios.mean()) ** 2))
+    )
 
 
 def plot(records: list[Record], folder: str) -> list[pathlib.Path]:

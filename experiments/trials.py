@@ -49,7 +49,8 @@ def train(
     """Train the 64-64-10 network with simulated workers, once for each setting and seed.
 
     Args:
-      make: From a setting, whose leaves are traced scalars, to an optimizer over `runners.AXIS`.
+      make: From a setting, whose leaves are traced scalars, to an optimizer over `runners.AXIS`. Its `update` is given
+        the worker's loss, `value_fn=`.
       settings: A tree of arrays with a leading axis of trials.
       seeds: The seed of each trial, of its parameters and batches. Equal seeds make a paired comparison.
       workers: Their number.
@@ -72,7 +73,10 @@ def train(
 
     def step(state, chosen):
         value, gradients = value_and_grad(state.params, chosen)
-        updates, opt_state = make(state.setting).update(gradients, state.opt_state, state.params)
+        optimizer = optax.with_extra_args_support(make(state.setting))
+        updates, opt_state = optimizer.update(
+            gradients, state.opt_state, state.params, value_fn=lambda params: loss(params, chosen)
+        )
         return _State(state.setting, optax.apply_updates(state.params, updates), opt_state), value
 
     def init(setting, seed):

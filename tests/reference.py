@@ -96,3 +96,15 @@ def warmup_steps(beta):
     while not ((c / 2) * beta**c <= 1 / ((1 - beta**2) * (c + 1)) and beta ** (c + 1) <= 0.5):
         c += 1
     return c
+
+
+def alias(gradient, x, steps, first_step):
+    """Where ALIAS, option I, ends without noise."""
+    last, step, smoothness, progress, gap = x, first_step, 0.0, 0.0, first_step * np.abs(gradient(x)).sum()
+    for _ in range(steps):
+        last, x = x, x - step * np.sign(gradient(x))
+        smoothness += np.abs(gradient(x) - gradient(last)).sum() / np.abs(x - last).max()
+        progress += step * (gradient(x) * np.sign(gradient(last))).sum()
+        gap = max(gap, progress)
+        step = np.sqrt(gap / smoothness)
+    return x
