@@ -105,8 +105,7 @@ def passes(config: Config) -> tuple[int, Callable[[], Any], Callable[[], Any]]:
         def add(total, batch):
             return jax.tree.map(jnp.add, total, jax.grad(loss)(params, batch)), None
 
-        # Unrolled as the pass is, which makes a plain sum faster, too: the ratio is that of the moments alone.
-        return lax.scan(add, jax.tree.map(jnp.zeros_like, params), batches, unroll=4)[0]
+        return lax.scan(add, jax.tree.map(jnp.zeros_like, params), batches)[0]
 
     def moments(params, batches):
         return diagnostics.gradient_moments(jax.grad(loss), params, batches)
