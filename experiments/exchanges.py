@@ -22,8 +22,8 @@ import signopt
 
 WIRES = ("float32", "bfloat16", "int8", "all_gather", "two_bit", "one_bit")
 PLANES = {"one_bit": 1, "two_bit": 2, "all_gather": 1}
-# Beyond 128 voters `signopt.bits.count` adds groups of 15 to all of log2 M planes in a loop: measured, seven times the work
-# for each ballot at M = 1,024.
+# Beyond 128 voters `signopt.bits.count` no longer fits into registers, and beyond 256 it adds up groups in a loop: measured,
+# four to six times the work for each ballot at M = 256 to 1,024.
 _MANY, _PER_PLANE = 128, 0.6
 
 
@@ -35,7 +35,7 @@ class Rates:
     worker on it. `--stages` reads others.
 
     Attributes:
-      pack: From a float to one plane.
+      pack: From a float to a ballot, of one plane or of two.
       count: One bit of one worker.
       unpack: From the planes to a float.
       add: One addition of floats in a reduction, into fresh memory.
@@ -116,7 +116,7 @@ def work_seconds(parameters: int, workers: int, wire: str, rates: Rates) -> floa
         ballots = planes * (1 + (_PER_PLANE * math.log2(workers) if workers > _MANY else 0.0))
         if wire == "all_gather":
             ballots *= workers
-        return parameters * (planes * rates.pack + ballots * rates.count + rates.unpack)
+        return parameters * (rates.pack + ballots * rates.count + rates.unpack)
     converted = 0.0 if wire == "float32" else rates.pack + rates.unpack
     return parameters * (rates.add * (workers - 1) / workers + converted)
 
@@ -273,7 +273,7 @@ def rates_of(stages: list[Record]) -> Rates:
         if r.get("kind") == "stage" and r["stage"] in ("pack", "count", "unpack"):
             if r["stage"] == "count" and r["workers"] > _MANY:
                 continue  # the loop, which the model knows as such
-            per = {"pack": r["planes"], "count": r["planes"], "unpack": 1}[r["stage"]]
+            per = r["planes"] if r["stage"] == "count" else 1
             found.setdefault(r["stage"], []).append(statistics.median(r["seconds"]) / (r["parameters"] * per))
     return dataclasses.replace(Rates(), **{stage: statistics.median(values) for stage, values in found.items()})
 

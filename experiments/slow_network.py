@@ -36,6 +36,7 @@ import rich.table
 from experiments import cost
 from experiments import exchanges
 from experiments import namespaces
+from experiments import timing
 from experiments.flags import flag
 from experiments.records import Record
 
@@ -260,12 +261,11 @@ def _table_of_votes(records):
                 turns = [r for r in _votes(records, hosts, megabits) if r["program"] == program]
                 if not turns:
                     continue
-                found = ratios(records, hosts, megabits, program)
-                low, _, high = statistics.quantiles(found, method="inclusive") if len(found) > 1 else found * 3
+                low, middle, high = timing.quartiles(ratios(records, hosts, megabits, program))
                 limit = LIMITS.get(program, "") if megabits == LIMITED_AT else ""
                 drawn.add_row(
                     str(hosts), _link(megabits), program,
-                    f"{1e3 * statistics.median(r['seconds'] for r in turns):.1f}", f"{statistics.median(found):.2f}",
+                    f"{1e3 * statistics.median(r['seconds'] for r in turns):.1f}", f"{middle:.2f}",
                     f"{low:.2f} to {high:.2f}", str(limit),
                     f"{statistics.median(max(payload_bits(r), payload_bits(r, 'received')) for r in turns):.3f}",
                     f"{8 * turns[0]['formula_bytes'] / size:.3f}",

@@ -31,7 +31,6 @@ from experiments import timing
 from experiments.flags import flag
 from experiments.records import Record
 import signopt
-from signopt import wire as wires
 
 AXIS = runners.AXIS
 RATE = 1e-3
@@ -135,11 +134,11 @@ def temporary_bytes(step: Step) -> int:
 
 def voted(workers: int) -> dict[str, optax.GradientTransformation]:
     """The optimizers whose voted steps are compiled."""
-    shared: dict[str, Any] = {"axis_name": AXIS, "num_workers": workers}
+    shared: dict[str, Any] = {"axis_name": AXIS, "num_workers": workers, "wire": "one_bit"}
     return {
-        f"{name}, {wire}": make(RATE, wire=wire, **shared)
-        for name, make in (("signsgd", signopt.signsgd), ("signum", signopt.signum), ("lion", signopt.lion))
-        for wire in wires.PLANES
+        "signsgd": signopt.signsgd(RATE, **shared),
+        "signum": signopt.signum(RATE, **shared),
+        "lion": signopt.lion(RATE, **shared),
     }
 
 

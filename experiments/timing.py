@@ -3,12 +3,14 @@
 from collections.abc import Callable, Mapping
 import statistics
 import time
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
+K = TypeVar("K")
 
-def take_turns(programs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+
+def take_turns(programs: Mapping[K, Callable[[], Any]], rounds: int) -> dict[K, list[float]]:
     """The seconds that each program takes in every round; its first call, with compilation, is not counted.
 
     The order is turned round from one round to the next, so that no program always comes after the same one.

@@ -17,7 +17,6 @@ import dataclasses
 import itertools
 import pathlib
 import statistics
-import time
 from typing import Any, cast
 
 import jax
@@ -29,6 +28,7 @@ import rich.table
 
 from experiments import devices
 from experiments import runners
+from experiments import timing
 from experiments.flags import flag
 from experiments.records import Record
 import signopt
@@ -64,8 +64,8 @@ def run(config: Config) -> Iterator[Record]:
     """
     pairs = (("vote", *votes(config)), ("Welford pass", *passes(config)), ("check", *checks(config)))
     for kind, size, plain, more in pairs:
-        seconds = take_turns(plain, more, config.rounds)
-        yield {"kind": kind, "parameters": size, "plain": seconds[0], "more": seconds[1], "limit": LIMITS[kind]}
+        seconds = timing.take_turns({"plain": plain, "more": more}, config.rounds)
+        yield {"kind": kind, "parameters": size, "limit": LIMITS[kind]} | seconds
 
 
 def votes(config: Config) -> tuple[int, Callable[[], Any], Callable[[], Any]]:
@@ -149,22 +149,9 @@ def _on_devices(config):
     return mesh, size, jax.device_put([jax.random.normal(key, (workers, size)) for key in keys], own)
 
 
-def take_turns(one: Callable[[], Any], other: Callable[[], Any], rounds: int) -> tuple[list[float], list[float]]:
-    """The seconds that each of two programs takes in every round; compilation is not counted."""
-    programs, seconds = (one, other), ([], [])
-    for program in programs:
-        jax.block_until_ready(program())
-    for turn in range(rounds):
-        for i in (0, 1) if turn % 2 == 0 else (1, 0):
-            begin = time.perf_counter()
-            jax.block_until_ready(programs[i]())
-            seconds[i].append(time.perf_counter() - begin)
-    return seconds
-
-
 def ratios(record: Record) -> list[float]:
     """By how much the second program takes longer than the first, round by round."""
-    return [more / plain for plain, more in zip(record["plain"], record["more"], strict=True)]
+    return timing.ratios(record["more"], record["plain"])
 
 
 def table(records: list[Record]) -> rich.table.Table:
@@ -174,10 +161,9 @@ def table(records: list[Record]) -> rich.table.Table:
         drawn.add_column(column, justify="left" if column == "what" else "right")
     for r in records[1:]:
         plain, more = (1e3 * statistics.median(r[name]) for name in ("plain", "more"))
-        found = ratios(r)
-        low, _, high = statistics.quantiles(found, method="inclusive") if len(found) > 1 else found * 3
+        low, middle, high = timing.quartiles(ratios(r))
         drawn.add_row(
-            r["kind"], f"{r['parameters']:,}", f"{plain:.1f}", f"{more:.1f}", f"{statistics.median(found):.3f}",
+            r["kind"], f"{r['parameters']:,}", f"{plain:.1f}", f"{more:.1f}", f"{middle:.3f}",
             f"{low:.2f} to {high:.2f}", f"{r['limit']:.2f}" if r["limit"] else "",
         )  # fmt: skip
     return drawn

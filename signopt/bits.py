@@ -16,7 +16,8 @@ from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, UInt, UInt8
 
-_UNROLLED = 128  # ballots that one straight-line program counts; above, a loop over groups of at most as many
+_UNROLLED = 256  # ballots that one straight-line program counts
+_GROUP = 128  # at most as many at once in the loop that counts more
 _VECTOR = 64  # words
 
 
@@ -117,7 +118,7 @@ def _count_words(ballots):
     if ballots.shape[0] <= _UNROLLED:
         return _count_unrolled(list(ballots))
     voters, size = ballots.shape
-    groups = -(-voters // _UNROLLED)
+    groups = -(-voters // _GROUP)
     # Also to whole vectors: XLA's loop over an odd size goes word by word.
     padded = jnp.pad(ballots, ((0, -voters % groups), (0, -size % _VECTOR)))
     zero = padded[0] ^ padded[0]  # varies over the axes that the ballots vary over, which a constant does not

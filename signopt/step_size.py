@@ -82,10 +82,10 @@ def adaptive_majority_vote(
       axis_name: The workers, as in `majority_vote`: devices, or a vmapped axis over the samples or micro-batches of one
         batch (`signopt.workers.split_batch`).
       smoothness: :math:`\|L\|_1`, the sum over coordinates of how fast the gradient changes: a number; "dimension", the
-        number of parameters, as in the paper; or "curvature", measured as the sum of the magnitudes of the Hessian's
-        diagonal, averaged over workers. Too small a number diverges, and that sum is too small unless the Hessian is near
-        diagonal: along a gradient's signs a network curves up to 45 times as much. On the digits "curvature" diverged
-        with every estimator (`experiments/estimators.py`).
+        number of parameters, as in the paper; or "curvature", measured and averaged over workers: the larger of the sum
+        of the magnitudes of the Hessian's diagonal and the curvature along the signs of this worker's updates. (Too small
+        a number diverges, and the diagonal alone is too small unless the Hessian is near diagonal: along a
+        gradient's signs a network curves up to 45 times as much; `experiments/estimators.py`.)
       estimator: "margin", "exact" or "leave_one_out".
       wire: What travels, as in `majority_vote`. Only "psum" gives every worker what "exact" and "leave_one_out" need.
       scaled: A transformation to apply to the votes before they are scaled: `optax.add_decayed_weights(0.1)` makes a step of
@@ -152,7 +152,7 @@ def adaptive_majority_vote(
         axis.require_varying(updates, axis_name, caller)
         if smoothness == "curvature":
             total_smoothness = _measured(
-                state, params, value_fn, axis_name=axis_name, refresh_every=refresh_every, key=key
+                updates, state, params, value_fn, axis_name=axis_name, refresh_every=refresh_every, key=key
             )
         else:
             total_smoothness = jnp.asarray(_smoothness_of(smoothness, updates), jnp.float32)
@@ -317,6 +317,11 @@ def _check_smoothness(smoothness, refresh_every, key, caller):
         )
 
 
+def _norm(tree: Any) -> Float[Array, ""]:
+    """The sum of magnitudes."""
+    return jnp.asarray(sum(jnp.sum(jnp.abs(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)), jnp.float32)
+
+
 def _smoothness_of(smoothness: Any, params: Any) -> Any:
     if isinstance(smoothness, str):
         return sum(math.prod(x.shape) for x in jax.tree.leaves(params))
@@ -324,6 +329,7 @@ def _smoothness_of(smoothness: Any, params: Any) -> Any:
 
 
 def _measured(
+    updates: Any,
     state: AdaptiveMajorityVoteState,
     params: Any,
     value_fn: Callable | None,
@@ -344,7 +350,10 @@ def _measured(
     def measure():
         own = axis.to_varying(params, axis_name)
         diagonal = curvature.hessian_diagonal(value_fn, own, jax.random.fold_in(key, state.count))
-        return sum(jnp.sum(jnp.abs(x.astype(jnp.float32))) for x in jax.tree.leaves(diagonal))
+        signs = jax.tree.map(lambda v, x: sign.sign(v).astype(x.dtype), updates, own)
+        _, product = jax.jvp(jax.grad(value_fn), (own,), (signs,))
+        along = optax.tree.vdot(signs, product)
+        return jnp.maximum(_norm(diagonal), along.astype(jnp.float32))
 
     own = lax.cond(is_due, measure, lambda: axis.to_varying(jnp.float32(0), axis_name))
     found = jnp.mean(axis.gather_scalar(own, axis_name))

@@ -303,6 +303,18 @@ def test_curvature_measures_a_diagonal_hessian_exactly_and_reaches_the_minimum()
     assert float(jnp.sum(curvature * params**2)) < 1e-4 * 7.5
 
 
+def test_curvature_sees_what_a_vote_does_in_all_coordinates_at_once():
+    """The Hessian of (sum x)^2 / 2 is all ones: its diagonal sums up to 8, and along equal signs it curves by 64."""
+    tx = step_size.adaptive_majority_vote(AXIS, smoothness="curvature", refresh_every=1, key=jax.random.key(0))
+    update = lambda g, state, params: tx.update(g, state, params, value_fn=lambda x: jnp.sum(x) ** 2 / 2)
+    update = jax.vmap(update, in_axes=(0, None, None), out_axes=None, axis_name=AXIS)
+    half = jnp.tile(jnp.array([1.0, -1.0]), (2, 4))
+    for gradients, expected in ((jnp.ones((2, 8)), 64.0), (half, 8.0)):
+        _, state = update(gradients, tx.init(jnp.ones(8)), jnp.ones(8))
+        assert float(state.smoothness) >= expected - 1e-4
+        assert float(state.smoothness) == pytest.approx(expected, rel=1.5 if expected == 8 else 1e-6)
+
+
 def test_smoothness_is_the_dimension_or_a_number():
     pairs: Any = (("dimension", 4), (9.0, 9), (jnp.float32(3.0), 3))
     for smoothness, expected in pairs:

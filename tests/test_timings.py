@@ -81,7 +81,7 @@ def test_step_time_records_every_pair(tmp_path, devices):
         output=str(tmp_path),
     )  # fmt: skip
     _, found, drawn = recorded(step_time, "step_time", config)
-    assert [r["kind"] for r in found] == ["step"] * 3 + ["compile"] * 12 + ["import"]
+    assert [r["kind"] for r in found] == ["step"] * 3 + ["compile"] * 6 + ["import"]
     assert all(len(r["plain"]) == len(r["ours"]) == {"step": 2}.get(r["kind"], 1) for r in found)
     assert drawn.row_count == len(found)
 

@@ -23,15 +23,3 @@ def test_every_pair_is_timed_as_often_as_asked(wire, tmp_path, devices):
     assert vote_cost.table([header, *found]).row_count == 3
     (figure,) = vote_cost.plot([header, *found], config.output)
     assert figure.exists()
-
-
-def test_programs_take_turns_and_who_goes_first_changes():
-    calls = []
-    one, other = lambda: calls.append("one"), lambda: calls.append("other")
-    seconds = vote_cost.take_turns(one, other, rounds=3)
-    assert calls == ["one", "other", "one", "other", "other", "one", "one", "other"]  # the first two compile
-    assert [len(s) for s in seconds] == [3, 3]
-
-
-def test_ratios_are_those_of_the_same_round():
-    assert vote_cost.ratios({"plain": [1.0, 2.0], "more": [2.0, 3.0]}) == [2.0, 1.5]
