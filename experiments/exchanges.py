@@ -266,7 +266,7 @@ def rates_of(stages: list[Record]) -> Rates:
     Examples:
       >>> found = [{"kind": "stage", "stage": "pack", "planes": 2, "workers": 8, "parameters": 1000, "seconds": [4e-6]}]
       >>> f"{rates_of([{}, *found]).pack:.1e}"
-      '2.0e-09'
+      '4.0e-09'
     """
     found = {}
     for r in stages[1:]:

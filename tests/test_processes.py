@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import socket
@@ -41,7 +42,9 @@ def environment(devices, **variables):
     """This process's, with so many host devices and nothing of a cluster that it may run on itself."""
     of_clusters = ("JAX_COORDINATOR", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "SLURM_", "OMPI_", "KUBERNETES_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(of_clusters)}
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = re.sub(
+        r"(device_count)=\d+", rf"\1={devices}", os.environ["XLA_FLAGS"]
+    )  # the others decide about last bits
     path = os.pathsep.join(map(str, (ROOT, TESTS)))
     return kept | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "NPROC": "16", "PYTHONPATH": path} | variables
 
