@@ -353,7 +353,7 @@ def _measured(
         signs = jax.tree.map(lambda v, x: sign.sign(v).astype(x.dtype), updates, own)
         _, product = jax.jvp(jax.grad(value_fn), (own,), (signs,))
         along = optax.tree.vdot(signs, product)
-        return jnp.maximum(_norm(diagonal), along.astype(jnp.float32))
+        return jnp.maximum(_norm(diagonal), jnp.asarray(along, jnp.float32))
 
     own = lax.cond(is_due, measure, lambda: axis.to_varying(jnp.float32(0), axis_name))
     found = jnp.mean(axis.gather_scalar(own, axis_name))
