@@ -27,6 +27,7 @@ from experiments import namespaces
 from experiments import optimizers
 import signopt
 from signopt import bits
+from signopt import processes
 from signopt import vote
 from signopt import wire as wires
 
@@ -83,11 +84,12 @@ def _on_hosts(tree):
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(own, x), tree)
 
 
-def _on_every_host(tree):
-    """Arrays that are the same on every host."""
-    shared = jax.sharding.NamedSharding(mesh(), jax.P())
+def _placed(state):
+    """A state that every host has whole, on the mesh: of what belongs to a worker, on each host its own."""
     return jax.tree.map(
-        lambda x: jax.make_array_from_callback(np.shape(x), shared, lambda index: np.asarray(x)[index]), tree
+        lambda x, spec: processes.put(x, jax.sharding.NamedSharding(mesh(), spec)),
+        state,
+        signopt.workers.partition_specs(state, AXIS),
     )
 
 
@@ -110,7 +112,7 @@ def _program(name, parameters, leaves):
     rng = np.random.default_rng(jax.process_index())
     sizes = [len(part) for part in np.array_split(np.empty(parameters, np.bool_), leaves)]
     first = [rng.standard_normal((1, size), np.float32) for size in sizes]
-    values, state = compiled(_on_hosts(first), _on_every_host(signopt.majority_vote(AXIS).init(first)))
+    values, state = compiled(_on_hosts(first), _placed(signopt.majority_vote(AXIS).init(first)))
     after = [np.asarray(x.addressable_data(0)) for x in values]
     decided = [np.rint((x - y) / STEP).astype(np.int8) for x, y in zip(first, after, strict=True)]
     return compiled, [values, state], zlib.crc32(b"".join(x.tobytes() for x in decided))
@@ -253,12 +255,7 @@ def train(
 
     def start():
         params = jax.jit(net.init)(jax.random.key(seed))
-        shared, specs = made.init(params), signopt.workers.partition_specs(made.init(params), AXIS)
-        one_row = jax.tree.map(lambda x, spec: x[me : me + 1] if spec == jax.P(AXIS) else x, shared, specs)
-        placed = jax.tree.map(
-            lambda x, spec: _on_hosts(np.asarray(x)) if spec == jax.P(AXIS) else _on_every_host(x), one_row, specs
-        )
-        return _on_every_host(params), placed
+        return _placed((params, made.init(params)))
 
     def batch(i):
         chosen = order[i, me]

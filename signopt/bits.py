@@ -56,8 +56,7 @@ def unpack(words: UInt[Array, "... b"], plane: int = 0) -> UInt8[Array, "... 8*b
       >>> unpack(jnp.array([5], jnp.uint8)).tolist()
       [1, 0, 1, 0, 0, 0, 0, 0]
     """
-    lanes = (words[..., None] >> jnp.arange(8 * plane, 8 * plane + 8, dtype=words.dtype)) & 1
-    return lanes.astype(jnp.uint8).reshape(*words.shape[:-1], 8 * words.shape[-1])
+    return jnp.unpackbits((words >> (8 * plane)).astype(jnp.uint8), axis=-1, bitorder="little")
 
 
 def count(ballots: UInt[Array, "m n"]) -> list[UInt8[Array, " n"]]:
@@ -102,7 +101,10 @@ def at_least(planes: list[UInt8[Array, " n"]], threshold: int | Int[Array, ""]) 
 
 
 def _pack_whole(planes):
-    """Pack where 8 divides the size: one sum for all planes, or what they are computed from would be read twice."""
+    """Pack where 8 divides the size.
+
+    One sum for all planes; `jnp.packbits` of each would read twice what they are computed from.
+    """
     dtype = jnp.dtype(f"uint{8 * len(planes)}")
 
     def spread(plane, first):
