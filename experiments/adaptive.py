@@ -87,10 +87,7 @@ def run(config: Config) -> Iterator[Record]:
 
 def _train(config, dataset, net, optimizer, seed):
     """Train one network; yields records without the method's name."""
-
-    def loss(params, images, labels):
-        return optax.softmax_cross_entropy_with_integer_labels(net.apply(params, images), labels).mean()
-
+    loss = functools.partial(models.loss, net)
     value_and_grad = signopt.workers.value_and_grad(loss, axis_name=AXIS)
 
     def step(state, batch):

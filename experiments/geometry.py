@@ -69,8 +69,7 @@ def problem(config: Config) -> tuple[Any, Callable, Any]:
     net = models.network(MODELS[config.model], dataset.train_images.shape[1:])
 
     def loss(params, batch):
-        images, labels = batch
-        return optax.softmax_cross_entropy_with_integer_labels(net.apply(params, images), labels).mean()
+        return models.loss(net, params, *batch)
 
     count = len(dataset.train_labels) // config.batch_size
     kept = count * config.batch_size

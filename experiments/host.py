@@ -193,9 +193,7 @@ def _training(optimizer, wire, learning_rate, width, validation):
     net = models.network(functools.partial(models.WideMLP, width=width), dataset.train_images.shape[1:])
     made = optimizers.RECIPES[optimizer].make(learning_rate, wire, jax.device_count())
 
-    def loss(params, images, labels):
-        return optax.softmax_cross_entropy_with_integer_labels(net.apply(params, images), labels).mean()
-
+    loss = functools.partial(models.loss, net)
     value_and_grad = signopt.workers.value_and_grad(loss, axis_name=AXIS)
 
     def step(state, batch):

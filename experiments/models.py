@@ -7,6 +7,7 @@ from flax import nnx
 import jax
 from jax import lax
 import jax.numpy as jnp
+import optax
 
 NUM_CLASSES = 10
 
@@ -85,6 +86,11 @@ def network(model: Callable[..., nnx.Module], image_shape: tuple[int, ...]) -> N
         return nnx.merge(graph, params)(images)
 
     return Network(init, apply)
+
+
+def loss(net: Network, params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
+    """The mean cross-entropy of a batch, which every experiment on images minimizes."""
+    return optax.softmax_cross_entropy_with_integer_labels(net.apply(params, images), labels).mean()
 
 
 def accuracy(net: Network, params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:

@@ -16,6 +16,7 @@ Time and numbers to expect are in experiments/README.md.
 
 from collections.abc import Iterator
 import dataclasses
+import functools
 import itertools
 import pathlib
 import statistics
@@ -172,10 +173,7 @@ def _one_bit_weights(config, digits, kind):
 
 def _train(config, digits, net, tx, params, seed, steps):
     """Train one network on simulated workers; returns its parameters."""
-
-    def loss(params, images, labels):
-        return optax.softmax_cross_entropy_with_integer_labels(net.apply(params, images), labels).mean()
-
+    loss = functools.partial(models.loss, net)
     value_and_grad = signopt.workers.value_and_grad(loss, axis_name=AXIS)
 
     def step(state, batch):

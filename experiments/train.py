@@ -236,10 +236,7 @@ def _order(config, labels, seed):
 
 def _step(net, optimizer):
     """One worker's step."""
-
-    def loss(params, images, labels):
-        return optax.softmax_cross_entropy_with_integer_labels(net.apply(params, images), labels).mean()
-
+    loss = functools.partial(models.loss, net)
     value_and_grad = signopt.workers.value_and_grad(loss, axis_name=optimizers.AXIS)
 
     def step(state, batch):

@@ -67,7 +67,7 @@ def train(
     net = models.network(models.MLP, images.shape[1:])
 
     def loss(params, chosen):
-        return optax.softmax_cross_entropy_with_integer_labels(net.apply(params, images[chosen]), labels[chosen]).mean()
+        return models.loss(net, params, images[chosen], labels[chosen])
 
     value_and_grad = signopt.workers.value_and_grad(loss, axis_name=runners.AXIS)
 
