@@ -9,7 +9,6 @@ from signopt import axis
 from signopt import state
 from signopt.momentum import finite_only
 from signopt.momentum import scale_by_sign
-from signopt.momentum import scale_by_signum
 from signopt.penalty import Operator
 from signopt.penalty import Prox
 from signopt.penalty import as_prox
@@ -128,7 +127,7 @@ def signum(
             _decayed(optax.scale_by_sign(), weight_decay, mask),
             _step(learning_rate, "signum"),
         )
-    momentum = scale_by_signum(beta, accumulator_dtype=accumulator_dtype)
+    momentum = finite_only(optax.ema(beta, debias=False, accumulator_dtype=accumulator_dtype), caller="signum")
     return optax.chain(
         _on_each_worker(momentum, axis_name, num_workers),
         majority_vote(axis_name, wire=wire),

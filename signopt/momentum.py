@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 import optax
 
@@ -149,14 +150,24 @@ def finite_only(
 
     def update_fn(updates, state, params=None, **extra_args):
         sign.require_floating(updates, caller)
-        good = jnp.array([jnp.all(jnp.isfinite(flat)) for flat in wire.joined(updates)], bool)
+        good = jnp.array([jnp.all(lax.is_finite(flat)) for flat in wire.joined(updates)], bool)
         total = jnp.where(jnp.all(good), state.total_notfinite, optax.safe_increment(state.total_notfinite))
-        updates = jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0), updates)
+        updates = jax.tree.map(lambda x: _if_finite(x, lax.full_like(x, 0)), updates)
         updates, new_inner = inner.update(updates, state.inner_state, params, **extra_args)
-        new_inner = jax.tree.map(lambda new, old: jnp.where(jnp.isfinite(new), new, old), new_inner, state.inner_state)
+        new_inner = jax.tree.map(_if_finite, new_inner, state.inner_state)
         return updates, FiniteOnlyState(new_inner, total)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _if_finite(x: jax.Array, otherwise: jax.Array) -> jax.Array:
+    """Each entry of `x`, or of `otherwise` where it is not finite, in the dtype of `x`.
+
+    By `lax`, because `jax.numpy` traces a function of its own for every shape, which hundreds of leaves would feel.
+    """
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return x
+    return lax.select(lax.is_finite(x), x, otherwise.astype(x.dtype))
 
 
 def _is_sure(x: jax.Array, threshold: float | jax.Array) -> jax.Array:

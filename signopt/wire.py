@@ -19,7 +19,8 @@ from typing import Any, Literal, get_args
 import jax
 from jax import lax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, UInt
+from jaxtyping import Array, Bool, Int8, UInt
+import numpy as np
 
 from signopt import axis
 from signopt import bits
@@ -118,19 +119,16 @@ def unpack(buffer: UInt[Array, " n"], like: Any) -> Any:
       A tree like `like`, in its shapes and dtypes, of -1, 0 and +1.
     """
     leaves, treedef = jax.tree.flatten(like)
-    votes = [jnp.zeros(x.shape, x.dtype) for x in leaves]
+    votes = {i: jnp.zeros(x.shape, x.dtype) for i, x in enumerate(leaves) if not x.size}
     start = 0
     for group in _groups(leaves):
         sizes = [_num_words(leaves[i]) for i in group]
-        flat = _votes(lax.slice_in_dim(buffer, start, start + sum(sizes))).astype(leaves[group[0]].dtype)
+        words = lax.slice_in_dim(buffer, start, start + sum(sizes))
         start += sum(sizes)
-        if len(group) > 1:
-            flat = lax.optimization_barrier(flat)
-        offset = 0
-        for i, size in zip(group, sizes, strict=True):
-            votes[i] = lax.slice_in_dim(flat, offset, offset + leaves[i].size).reshape(leaves[i].shape)
-            offset += 8 * size
-    return jax.tree.unflatten(treedef, votes)
+        flat = (_votes(words) if len(group) == 1 else _votes_once(words)).astype(leaves[group[0]].dtype)
+        for i, first in zip(group, itertools.accumulate(sizes, initial=0), strict=False):
+            votes[i] = _slice(flat, 8 * first, leaves[i].size).reshape(leaves[i].shape)
+    return jax.tree.unflatten(treedef, [votes[i] for i in range(len(leaves))])
 
 
 def repeat(pattern: UInt[Array, " p"], like: Any) -> UInt[Array, " n"]:
@@ -214,6 +212,24 @@ def _num_words(x: Any) -> int:
     return -(-math.prod(x.shape) // 8)
 
 
-def _votes(words: UInt[Array, " n"]) -> jax.Array:
+def _votes(words: UInt[Array, " n"]) -> Int8[Array, " 8*n"]:
     ones = [bits.unpack(words, plane).astype(jnp.int8) for plane in range(words.dtype.itemsize)]
     return ones[0] + ones[-1] - 1
+
+
+def _votes_once(words: UInt[Array, " n"]) -> Int8[Array, " 8*n"]:
+    """`_votes` for many users: XLA on CPUs computes a concatenation once, but anything else anew in each of them."""
+    half = words.size // 2
+    return jnp.concatenate([_votes(words[:half]), _votes(words[half:])])
+
+
+def _slice(x: jax.Array, start: int, size: int) -> jax.Array:
+    """`x[start : start + size]`, so that XLA compiles one kernel for all leaves of a size.
+
+    It compiles one for every slice at another place if it knows the place. So the place is read from memory: a constant of
+    more than one number stays there, and behind the barrier nobody looks into it.
+    """
+    if start == 0 or x.size > np.iinfo(np.int32).max:
+        return lax.slice_in_dim(x, start, start + size)
+    place, _ = lax.optimization_barrier(np.array([start, start + size], np.int32))
+    return lax.dynamic_slice(x, [place], [size], allow_negative_indices=False)
