@@ -113,8 +113,7 @@ def check(measured: list[Record], rates: exchanges.Rates) -> Iterator[Record]:
     """Predict what `slow_network` measured on links with a limit.
 
     All hosts compute on one machine, so that work takes as many times longer. Gloo, which carries JAX's collectives
-    between processes of CPUs, sends bfloat16 as float32, and where two hosts exchange messages and one is late, it lets them
-    take turns: `taking_turns` multiplies the bytes of both collectives by what the same records say that this costs.
+    between processes of CPUs, sends bfloat16 as float32.
 
     Args:
       measured: The records of `slow_network`, the header first.
@@ -133,12 +132,6 @@ def check(measured: list[Record], rates: exchanges.Rates) -> Iterator[Record]:
         sent = "float32" if wire == "bfloat16" else wire
         cluster = exchanges.Cluster(hosts, 1e6 * megabits * PAYLOAD_SHARE)
         shared = exchanges.Rates(**{name: hosts * value for name, value in dataclasses.asdict(rates).items()})
-        ideal = exchanges.exchange_seconds(size, sent, cluster, shared)
-        extra = 0.0
-        if wire in exchanges.PLANES:
-            dealt, gathered = (_turns(measured, hosts, megabits, name) for name in ("all_to_all", "all_gather"))
-            factor = gathered if wire == "all_gather" else (dealt + gathered) / 2
-            extra = (factor - 1) * 8 * exchanges.bytes_sent(size, hosts, sent) / cluster.bits_per_second
         yield {
             "kind": "check",
             "hosts": hosts,
@@ -146,23 +139,8 @@ def check(measured: list[Record], rates: exchanges.Rates) -> Iterator[Record]:
             "program": program,
             "wire": wire,
             "measured": statistics.median(r["seconds"] for r in turns),
-            "predicted": ideal,
-            "taking_turns": ideal + extra,
+            "predicted": exchanges.exchange_seconds(size, sent, cluster, shared),
         }
-
-
-def _turns(measured, hosts, megabits, collective):
-    """How many times its ideal time a collective takes that a host joins late; at least 1, and 1 if nobody measured.
-
-    From the fastest, since a shared machine only ever adds time.
-    """
-    found = [
-        min(r["seconds"]) * 1e6 * megabits * PAYLOAD_SHARE / (8 * r["bytes"] * (hosts - 1) / hosts)
-        for r in measured[1:]
-        if r["kind"] == "late" and r["delay"]
-        if (r["hosts"], r["megabits"], r["collective"]) == (hosts, megabits, collective)
-    ]
-    return max([1.0, *found])
 
 
 def medians(measured: list[Record]) -> list[Record]:
@@ -177,17 +155,15 @@ def medians(measured: list[Record]) -> list[Record]:
     for r in measured[1:]:
         if r["kind"] == "vote":
             votes.setdefault((r["hosts"], r["megabits"], r["program"]), []).append(r)
-        elif r["kind"] == "late":
-            kept.append(r)
     for turns in votes.values():
         first = {name: value for name, value in turns[0].items() if name not in ("round", "decided", "same_everywhere")}
         kept.append(first | {"seconds": statistics.median(r["seconds"] for r in turns)})
     return [measured[0], *kept]
 
 
-def errors(records: list[Record], column: str = "predicted") -> list[float]:
+def errors(records: list[Record]) -> list[float]:
     """By how much the model errs, as a fraction of what was measured; negative where it is too fast."""
-    return [r[column] / r["measured"] - 1 for r in records[1:] if r["kind"] == "check"]
+    return [r["predicted"] / r["measured"] - 1 for r in records[1:] if r["kind"] == "check"]
 
 
 def table(records: list[Record]) -> rich.console.Group:
@@ -197,26 +173,14 @@ def table(records: list[Record]) -> rich.console.Group:
 
 def _table_of_check(records):
     drawn = rich.table.Table(title="the model against slow_network: seconds of a vote")
-    for column in (
-        "hosts",
-        "Mbit/s",
-        "program",
-        "measured, ms",
-        "model, ms",
-        "error",
-        "hosts that take turns, ms",
-        "error",
-    ):
+    for column in ("hosts", "Mbit/s", "program", "measured, ms", "model, ms", "error"):
         drawn.add_column(column, justify="left" if column == "program" else "right")
-    found = [r for r in records[1:] if r["kind"] == "check"]
-    columns = ("predicted", "taking_turns")
-    for r in found:
-        cells = [cell for c in columns for cell in (f"{1e3 * r[c]:.1f}", f"{r[c] / r['measured'] - 1:+.0%}")]
-        drawn.add_row(str(r["hosts"]), f"{r['megabits']:g}", r["program"], f"{1e3 * r['measured']:.1f}", *cells)
-    if found:
-        said = [[abs(e) for e in errors(records, c)] for c in columns]
-        one, other = (f"median error {statistics.median(e):.0%}, worst {max(e):.0%}" for e in said)
-        drawn.caption = f"as assumed: {one}; with hosts that take turns: {other}"
+    for r in (r for r in records[1:] if r["kind"] == "check"):
+        ms = [f"{1e3 * r[name]:.1f}" for name in ("measured", "predicted")]
+        error = f"{r['predicted'] / r['measured'] - 1:+.0%}"
+        drawn.add_row(str(r["hosts"]), f"{r['megabits']:g}", r["program"], *ms, error)
+    if sizes := [abs(error) for error in errors(records)]:
+        drawn.caption = f"median error {statistics.median(sizes):.0%}, worst {max(sizes):.0%}"
     return drawn
 
 
@@ -280,11 +244,7 @@ def plot(records: list[Record], folder: str) -> list[pathlib.Path]:
         drawn = next(axes)
         for hosts in sorted({r["hosts"] for r in checked}):
             own = [r for r in checked if r["hosts"] == hosts]
-            (line,) = drawn.plot(
-                [r["measured"] for r in own], [r["predicted"] for r in own], "o", label=f"{hosts} hosts"
-            )
-            turns = [r["taking_turns"] for r in own]
-            drawn.plot([r["measured"] for r in own], turns, "x", color=line.get_color(), label=f"{hosts}, taking turns")
+            drawn.plot([r["measured"] for r in own], [r["predicted"] for r in own], "o", label=f"{hosts} hosts")
         ends = [f(r["measured"] for r in checked) for f in (min, max)]
         drawn.plot(ends, ends, color="grey", linewidth=0.8)
         drawn.set(title="check", xscale="log", yscale="log", xlabel="measured, s", ylabel="model, s")

@@ -28,6 +28,7 @@ from experiments import optimizers
 import signopt
 from signopt import bits
 from signopt import processes
+from signopt import swaps
 from signopt import vote
 from signopt import wire as wires
 
@@ -61,6 +62,15 @@ BORDERS: dict[str, Callable[..., tuple[Any, Any]]] = {
     "int8 sum of signs": _int8_signs,
     "bits gathered by all": _gathered_signs,
 } | {wire: signopt.majority_vote(AXIS, wire=cast(wires.Wire, wire)).update for wire in ("psum", "two_bit", "one_bit")}
+
+
+# What a one-bit vote of few hosts is made of, from a row for each host, and what JAX has for the same.
+COLLECTIVES: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "all_to_all": lambda rows: lax.all_to_all(rows, AXIS, split_axis=0, concat_axis=0, tiled=True),
+    "all_to_all, swapped": lambda rows: swaps.all_to_all(rows, (AXIS,)),
+    "all_gather": lambda rows: lax.all_gather(rows[0], AXIS),
+    "all_gather, swapped": lambda rows: swaps.join(rows[0], (AXIS,)),
+}
 
 
 def mesh() -> jax.sharding.Mesh:
@@ -151,7 +161,7 @@ def late(collective: str, size: int, delay: float, at: float) -> dict[str, Any]:
     """Time one collective that host 0 joins late.
 
     Args:
-      collective: "all_to_all", or "all_gather" of a share.
+      collective: The name of one of `COLLECTIVES`.
       size: The bytes that all hosts' shares have together.
       delay: Seconds by which host 0 is later than the others.
       at: When the others start, by `time.monotonic`, which is the same for all processes of a machine.
@@ -170,13 +180,7 @@ def late(collective: str, size: int, delay: float, at: float) -> dict[str, Any]:
 
 @functools.cache
 def _collective(name, size):
-    def all_to_all(shares):
-        return lax.all_to_all(shares, AXIS, split_axis=0, concat_axis=0, tiled=True)
-
-    def all_gather(shares):
-        return lax.all_gather(shares[0], AXIS)
-
-    body = {"all_to_all": all_to_all, "all_gather": all_gather}[name]
+    body = COLLECTIVES[name]
     mapped = jax.shard_map(
         lambda x: body(x[0])[None], mesh=mesh(), in_specs=jax.P(AXIS), out_specs=jax.P(AXIS), check_vma=False
     )

@@ -121,7 +121,7 @@ def _measure(config, count, megabits, ask):
             )
     if megabits and config.rounds:
         size = exchanges.bytes_sent(config.parameters, count, "one_bit") // (count - 1) * count // 2
-        for collective in ("all_to_all", "all_gather"):
+        for collective in _collectives(count):
             for delay in (0.0, 0.01):
                 asked = {"collective": collective, "size": size, "delay": delay}
                 ask("late", **asked, at=0.0)  # compiles
@@ -136,6 +136,12 @@ def _measure(config, count, megabits, ask):
             found = ask("train", **asked, **{name: getattr(config, name) for name in settings})
             ends = {name: found[0][name] for name in ("accuracy", "parameters")}
             yield {"kind": "training"} | asked | _together(found) | ends | {"steps": found[0]["steps"]}
+
+
+def _collectives(hosts):
+    """The exchanges that a late host is tested with: those of JAX, and swaps between so many hosts."""
+    swapped = {2: ("all_to_all, swapped", "all_gather, swapped"), 4: ("all_to_all, swapped",)}
+    return ("all_to_all", "all_gather", *swapped.get(hosts, ()))
 
 
 def _together(found):

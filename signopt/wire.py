@@ -8,7 +8,8 @@ the workers::
   ballots (n words) --all_to_all--> everybody's ballots on my chunk --decide--> my chunk --all_gather--> decisions
 
 Two collectives per step, whatever the number of leaves, and 2 (M-1)/M bits per parameter and plane for each of M
-workers. Nothing here counts parameters in 32 bits: sizes and offsets are Python integers, known when the step is traced.
+workers. (Two or four processes on CPUs swap large buffers, the same bytes in up to four collectives: `signopt.swaps`.)
+Nothing here counts parameters in 32 bits: sizes and offsets are Python integers, known when the step is traced.
 """
 
 from collections.abc import Callable
@@ -169,7 +170,7 @@ def deal(ballots: UInt[Array, " n"], axis_name: axis.AxisName) -> UInt[Array, "w
     chunk = -(-num_words // num_servers)
     padded = jnp.pad(everybody_here, ((0, 0), (0, num_servers * chunk - num_words)))
     by_server = padded.reshape(workers_here, num_servers, chunk).swapaxes(0, 1)
-    on_my_chunk = lax.all_to_all(by_server, devices, split_axis=0, concat_axis=0, tiled=True)
+    on_my_chunk = axis.deal_rows(by_server, devices)
     return on_my_chunk.reshape(num_servers * workers_here, chunk)
 
 

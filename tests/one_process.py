@@ -16,6 +16,7 @@ import optax
 
 import signopt
 from signopt import processes
+from signopt import swaps
 from signopt import workers
 import test_runners
 
@@ -116,6 +117,30 @@ def runners(folder, *names):
         else:
             state = on_host(state)
         np.savez(folder / f"{name} {jax.process_index()}.npz", *as_bytes(state))
+
+
+def large(devices):
+    """The decisions of two votes over each packed wire that are large enough for processes to swap them."""
+    mesh = test_runners.mesh_of(devices, (len(devices),), ("w",))
+    votes = {wire: signopt.majority_vote("w", wire=wire) for wire in ("one_bit", "two_bit")}
+    like = jnp.zeros(8 * swaps._LARGE * len(devices) + 5)
+
+    def step(state, seed):
+        gradient = jax.random.normal(jax.random.key(seed[0]), like.shape)
+        gradient = jnp.where(abs(gradient) > 0.3, gradient, 0)
+        updated = {wire: votes[wire].update(gradient, old) for wire, (_, old) in state.items()}
+        return {wire: (decided.astype(jnp.int8), new) for wire, (decided, new) in updated.items()}, None
+
+    run = workers.on_mesh(step, mesh, axis_name="w")
+    state = {wire: (like.astype(jnp.int8), tx.init(None)) for wire, tx in votes.items()}
+    for i in range(2):
+        state, _ = run(state, len(devices) * i + np.arange(len(devices)))
+    return as_bytes(on_host(state))
+
+
+def large_votes(folder):
+    assert swaps.pay(jnp.zeros(swaps._LARGE, jnp.uint8))
+    np.savez(folder / f"large {jax.process_index()}.npz", *large(jax.devices()))
 
 
 def as_bytes(tree):

@@ -109,7 +109,7 @@ def test_rates_come_from_records_where_there_are_any():
     assert (rates.unpack, rates.add) == (RATES.unpack, RATES.add)
 
 
-def measured(seconds_of_late=None):
+def measured():
     """What a `slow_network` would record whose votes take exactly as long as the model says."""
     found = []
     for hosts in (2, 4):
@@ -119,9 +119,6 @@ def measured(seconds_of_late=None):
             seconds = exchanges.exchange_seconds(10**6, name, cluster, FREE)
             shared = {"kind": "vote", "hosts": hosts, "program": program, "parameters": 10**6, "round": 0, "decided": 1}
             found += [shared | {"megabits": 100.0, "seconds": seconds}, shared | {"megabits": 0.0, "seconds": 9.0}]
-        for collective in ("all_to_all", "all_gather") if seconds_of_late else ():
-            shared = {"kind": "late", "hosts": hosts, "megabits": 100.0, "collective": collective, "bytes": 10**6}
-            found += [shared | {"delay": 0.01, "seconds": [seconds_of_late]}, shared | {"delay": 0.0, "seconds": [9.0]}]
     return [{}, *found]
 
 
@@ -129,21 +126,12 @@ def test_the_check_finds_no_error_where_there_is_none_and_the_error_where_there_
     found = list(cost.check(measured(), FREE))
     assert len(found) == 2 * len(cost.WIRE_OF_PROGRAM)  # and none for links without a limit
     assert cost.errors([{}, *found]) == pytest.approx([0] * len(found))
-    assert cost.errors([{}, *found], "taking_turns") == cost.errors([{}, *found])
     wrong = [r | {"seconds": 2 * r["seconds"]} for r in measured()[1:]]
     assert cost.errors([{}, *cost.check([{}, *wrong], FREE)]) == pytest.approx([-0.5] * len(found))
 
 
-def test_hosts_that_take_turns_slow_down_what_is_exchanged_and_no_reduction():
-    ideal = 8 * 10**6 / 2 / (1e8 * cost.PAYLOAD_SHARE)  # on two hosts
-    for r in cost.check(measured(seconds_of_late=2 * ideal), FREE):
-        if r["hosts"] == 2:
-            slower = 2 if r["wire"] in exchanges.PLANES else 1
-            assert r["taking_turns"] == pytest.approx(slower * r["predicted"], rel=1e-2)  # but for latencies
-
-
 def test_the_records_that_are_kept_say_as_much_as_all_of_them(tmp_path):
-    whole = measured(seconds_of_late=0.1)
+    whole = measured()
     more = [whole[0], *whole[1:], *(r | {"round": 1} for r in whole[1:] if r["kind"] == "vote")]
     assert list(cost.check(cost.medians(more), RATES)) == list(cost.check(more, RATES))
 

@@ -135,6 +135,15 @@ def test_four_processes_of_two_devices_give_the_bits_of_one_of_eight(name, four,
         assert all(same(trained(four, name, process), one[0]))
 
 
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_that_swap_large_messages_decide_what_one_does(count, devices, tmp_path):
+    finish(tmp_path, [*one_of(count, "large_votes", tmp_path)], [environment(1)] * count)
+    alone = one_process.large(devices[:count])
+    for process in range(count):
+        assert all(same(trained(tmp_path, "large", process), alone))
+    assert {-1, 1} <= set(alone[0].view(np.int8)[:100].tolist())
+
+
 def test_a_process_that_got_another_s_batches_would_be_seen(two, one):
     """Negative control of the two tests above: the votes would be the same, but not whose momentum is whose."""
     assert not all(same(trained(two, "on_mesh", 0), one[1]))

@@ -1,0 +1,95 @@
+"""Swaps: what they deal and gather is what JAX's own collectives do."""
+
+import functools
+import re
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import signopt
+from signopt import swaps
+
+SHAPES = [((2,), ("w",)), ((4,), ("w",)), ((2, 2), ("b", "a"))]
+
+
+def everywhere(body, devices, shape, names, check_vma=True, out_specs=None):
+    """`body` on every device of a mesh, on its own part of an array; its results in a row."""
+    mesh = jax.make_mesh(shape, names, axis_types=(jax.sharding.AxisType.Auto,) * len(shape), devices=devices)
+    own = jax.P(names)
+    specs = own if out_specs is None else out_specs
+    return jax.jit(jax.shard_map(body, mesh=mesh, in_specs=own, out_specs=specs, check_vma=check_vma))
+
+
+def words(rng, dtype, *shape):
+    return rng.integers(0, np.iinfo(dtype).max, shape, dtype, endpoint=True)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+@pytest.mark.parametrize(("shape", "names"), SHAPES)
+def test_swaps_deal_what_all_to_all_does(shape, names, dtype, check_vma, devices, rng):
+    workers = int(np.prod(shape))
+    axes = names[::-1]  # an order that is not the mesh's
+    rows = words(rng, dtype, workers, workers, 3, 5)
+    run = functools.partial(everywhere, devices=devices[:workers], shape=shape, names=names, check_vma=check_vma)
+    found = run(lambda x: swaps.all_to_all(x[0], axes)[None])(rows)
+    expected = run(lambda x: lax.all_to_all(x[0], axes, split_axis=0, concat_axis=0, tiled=True)[None])(rows)
+    for mine, theirs in zip(np.asarray(found), np.asarray(expected), strict=True):
+        assert sorted(row.tobytes() for row in mine) == sorted(row.tobytes() for row in theirs)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+def test_a_swap_joins_what_all_gather_does_and_types_know_that_it_is_the_same(dtype, check_vma, devices, rng):
+    x = words(rng, dtype, 2 * 7)
+    join = lambda x: swaps.join(x, ("w",))
+    found = everywhere(join, devices[:2], (2,), ("w",), check_vma, out_specs=jax.P())(x)
+    assert found.dtype == dtype
+    assert found.tolist() == x.tolist()
+
+
+# ---- where they are taken --------------------------------------------------------------------------------------------
+
+
+def collectives(num_workers, size, devices):
+    """The kinds of collectives in the program of a one-bit vote, and how many workers one has."""
+    vote = signopt.majority_vote("w", wire="one_bit")
+    update = lambda g: vote.update(g[0], vote.init(None))[0]
+    mapped = everywhere(update, devices[:num_workers], (num_workers,), ("w",), out_specs=jax.P())
+    text = mapped.lower(jax.ShapeDtypeStruct((num_workers, size), jnp.float32)).compile().as_text()
+    return re.findall(r" (all-reduce|all-to-all|all-gather)\(", text)
+
+
+def between_processes(monkeypatch, backend="cpu"):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+
+
+LARGE = 8 * swaps._LARGE  # entries of a message
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "expected"), [(2, ["all-reduce"] * 3), (4, ["all-reduce"] * 3 + ["all-gather"])]
+)
+def test_few_processes_on_cpus_swap_large_messages(num_workers, expected, monkeypatch, devices):
+    between_processes(monkeypatch)
+    assert collectives(num_workers, num_workers * LARGE, devices) == expected
+
+
+@pytest.mark.parametrize("case", ["one process", "an accelerator", "three workers", "eight workers", "small messages"])
+def test_everybody_else_deals_at_once(case, monkeypatch, devices):
+    if case != "one process":
+        between_processes(monkeypatch, backend="gpu" if case == "an accelerator" else "cpu")
+    num_workers = {"three workers": 3, "eight workers": 8}.get(case, 4)
+    size = num_workers * LARGE - (8 * num_workers if case == "small messages" else 0)
+    assert collectives(num_workers, size, devices) == ["all-to-all", "all-gather"]
+
+
+def test_numbers_that_are_no_words_are_not_swapped(monkeypatch):
+    """The sum of two floats less one of them is not the other."""
+    between_processes(monkeypatch)
+    assert not swaps.pay(jnp.zeros(LARGE, jnp.float32))
+    assert swaps.pay(jnp.zeros(LARGE, jnp.uint16))
