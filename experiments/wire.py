@@ -78,7 +78,10 @@ def run(config: Config) -> Iterator[Record]:
 
 
 def decisions(config: Config, leaves: int) -> dict[str, Callable[[], Any]]:
-    """From each worker's gradients to what all of them learn: a mean, a sum of signs, packed decisions, or a mere copy."""
+    """From each worker's gradients to what all of them learn: a mean, a sum of signs, packed decisions.
+
+    And for comparison a mere copy, and "read": their maxima, for which every entry has to be read once, as for a vote.
+    """
     mesh, gradients = _gradients(config, leaves)
 
     def compiled(program, out_specs):
@@ -96,6 +99,7 @@ def decisions(config: Config, leaves: int) -> dict[str, Callable[[], Any]]:
         "int8": compiled(lambda gradients: lax.psum(jax.tree.map(sign.vote, gradients), AXIS), jax.P()),
         "one_bit": compiled(packed("one_bit"), jax.P()),
         "two_bit": compiled(packed("two_bit"), jax.P()),
+        "read": compiled(lambda gradients: jax.tree.map(lambda x: jnp.max(x)[None], gradients), jax.P(AXIS)),
         "copy": compiled(lambda gradients: jax.tree.map(jnp.negative, gradients), jax.P(AXIS)),  # a mere copy is elided
     }
 

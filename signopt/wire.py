@@ -169,9 +169,8 @@ def deal(ballots: UInt[Array, " n"], axis_name: axis.AxisName) -> UInt[Array, "w
     workers_here, num_words = everybody_here.shape
     chunk = -(-num_words // num_servers)
     padded = jnp.pad(everybody_here, ((0, 0), (0, num_servers * chunk - num_words)))
-    by_server = padded.reshape(workers_here, num_servers, chunk).swapaxes(0, 1)
-    on_my_chunk = axis.deal_rows(by_server, devices)
-    return on_my_chunk.reshape(num_servers * workers_here, chunk)
+    by_server = padded.reshape(workers_here, num_servers, chunk).swapaxes(0, 1).reshape(num_servers, -1)
+    return axis.deal_rows(by_server, devices).reshape(-1, chunk)
 
 
 def collect(decisions: UInt[Array, " chunk"], num_words: int, axis_name: axis.AxisName) -> UInt[Array, " n"]:

@@ -44,7 +44,7 @@ def test_wire_records_every_program_and_every_stage(tmp_path, devices):
     header, found, drawn = recorded(wire, "wire", dataclasses.replace(TINY, output=str(tmp_path)))
     programs = {(r["program"], r["leaves"], r["wire"]) for r in found if r["kind"] == "program"}
     wires = ("mean", "int8", "one_bit", "two_bit")
-    expected = {("decisions", n, name) for n in (1, 5) for name in (*wires, "copy")}
+    expected = {("decisions", n, name) for n in (1, 5) for name in (*wires, "read", "copy")}
     assert programs == expected | {("apply", n, name) for n in (1, 5) for name in (*wires, "none")}
     stages = {(r["stage"], r["planes"], r["workers"]): r["bytes"] for r in found if r["kind"] == "stage"}
     assert stages["copy", 0, 1] == 2 * 4 * 1600
