@@ -8,6 +8,7 @@ import pathlib
 import sys
 
 from rich.console import Console
+from rich.console import RenderableType
 
 from experiments import devices
 from experiments import flags
@@ -26,6 +27,13 @@ def experiments() -> dict[str, str]:
         if {"Config", "run"} <= defined:
             found[path.stem] = (ast.get_docstring(tree) or "").partition("\n")[0]
     return found
+
+
+def show(table: RenderableType) -> None:
+    """Print a table as wide as it has to be, also where that is wider than the terminal: no number is cut off."""
+    console = Console()
+    console.width = max(console.width, console.measure(table, options=console.options.update(max_width=1000)).maximum)
+    console.print(table)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -57,7 +65,7 @@ def main(arguments: Sequence[str]) -> None:
         sys.exit(f"error: {error}")
     done = records.read(path)
     figures = experiment.plot(done, config.output)
-    Console().print(experiment.table(done))
+    show(experiment.table(done))
     print("\n".join(["written:", *(f"  {file}" for file in (path, *figures))]))
 
 

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 import numpy as np
 import pytest
 import rich.console
+import rich.table
 import sklearn.datasets
 
 from experiments import __main__ as command
@@ -58,6 +59,14 @@ def test_an_experiment_is_found_by_its_file_alone(tmp_path, monkeypatch):
 def test_an_unknown_experiment_fails_and_says_which_there_are():
     with pytest.raises(SystemExit, match=r"there is no experiment 'trian'; there are: .*train"):
         command.main(["trian"])
+
+
+def test_no_number_is_cut_off_in_a_narrow_terminal(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "20")
+    table = rich.table.Table("seconds of a step", "bytes that travel")
+    table.add_row("1234.5678901", "123,456,789,012")
+    command.show(rich.console.Group(table))
+    assert {"1234.5678901", "123,456,789,012"} <= set(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
