@@ -69,7 +69,7 @@ COLLECTIVES: dict[str, Callable[[jax.Array], jax.Array]] = {
     "all_to_all": lambda rows: lax.all_to_all(rows, AXIS, split_axis=0, concat_axis=0, tiled=True),
     "all_to_all, swapped": lambda rows: swaps.all_to_all(rows, (AXIS,)),
     "all_gather": lambda rows: lax.all_gather(rows[0], AXIS),
-    "all_gather, swapped": lambda rows: swaps.join(rows[0], (AXIS,)),
+    "all_gather, swapped": lambda rows: swaps.all_gather(rows[0], (AXIS,)),
 }
 
 

@@ -7,6 +7,8 @@ import optax
 
 from signopt import axis
 from signopt import state
+from signopt.momentum import average_to_vote
+from signopt.momentum import check_beta
 from signopt.momentum import finite_only
 from signopt.momentum import scale_by_sign
 from signopt.penalty import Operator
@@ -107,7 +109,7 @@ def signum(
       An optimizer. `update` takes `present=` where it votes.
 
     Raises:
-      ValueError: If `wire` is unknown, `num_workers` is given without an axis or is not its size.
+      ValueError: If `beta` is outside [0, 1), `wire` is unknown, `num_workers` is given without an axis or is not its size.
 
     Examples:
       >>> import jax.numpy as jnp, signopt
@@ -120,6 +122,7 @@ def signum(
     References:
       Algorithms 2 and 3 of Bernstein et al., `signSGD <https://arxiv.org/abs/1802.04434>`_, 2018.
     """
+    check_beta(beta, "signum")
     if axis_name is None:
         _require_axis(num_workers, "signum")
         return optax.chain(
@@ -127,7 +130,7 @@ def signum(
             _decayed(optax.scale_by_sign(), weight_decay, mask),
             _step(learning_rate, "signum"),
         )
-    momentum = finite_only(optax.ema(beta, debias=False, accumulator_dtype=accumulator_dtype), caller="signum")
+    momentum = average_to_vote(beta, accumulator_dtype, caller="signum")
     return optax.chain(
         _on_each_worker(momentum, axis_name, num_workers),
         majority_vote(axis_name, wire=wire),
@@ -338,8 +341,7 @@ def mh_signsgd(
       Algorithm 1 of Yang et al., Adaptive Multi-Hierarchical signSGD, 2020, which has no momentum; its choice is
       `beta=0.0, estimator="exact", wire="psum"`.
     """
-    if not isinstance(beta, jax.Array) and not 0 <= beta < 1:
-        raise ValueError(f"`mh_signsgd(beta=...)` has to be in [0, 1), got {beta}.")
+    check_beta(beta, "mh_signsgd")
     momentum = finite_only(optax.ema(beta, accumulator_dtype=accumulator_dtype), caller="mh_signsgd")
     vote_at_a_rate = adaptive_majority_vote(
         axis_name,

@@ -94,8 +94,7 @@ def scale_by_signum(
     References:
       Algorithm 2 and Theorem 3 of Bernstein et al., `signSGD <https://arxiv.org/abs/1802.04434>`_, 2018.
     """
-    if not isinstance(beta, jax.Array) and not 0 <= beta < 1:
-        raise ValueError(f"`scale_by_signum(beta=...)` has to be in [0, 1), got {beta}.")
+    check_beta(beta, "scale_by_signum")
     if not isinstance(warmup_steps, jax.Array) and warmup_steps < 0:
         raise ValueError(f"`scale_by_signum(warmup_steps=...)` has to be at least 0, got {warmup_steps}.")
     ema = optax.ema(beta, debias=False, accumulator_dtype=accumulator_dtype)
@@ -110,6 +109,32 @@ def scale_by_signum(
         return jax.tree.map(lambda g, m: sign.sign(m).astype(g.dtype), updates, voted), new_state
 
     return finite_only(optax.GradientTransformation(ema.init, update_fn), caller="scale_by_signum")
+
+
+def average_to_vote(
+    beta: float | jax.Array, accumulator_dtype: Any, *, caller: str
+) -> optax.GradientTransformationExtraArgs:
+    """`scale_by_signum` for one who takes signs anyway: the average itself, where it has the dtype of the gradient.
+
+    A sign of its own would be a kernel to compile for every leaf.
+    """
+    ema = optax.ema(beta, debias=False, accumulator_dtype=accumulator_dtype)
+
+    def update_fn(updates, state, params=None):
+        average, new_state = ema.update(updates, state, params)
+
+        def itself_or_sign(gradient, m):
+            return m if m.dtype == gradient.dtype else sign.sign(m).astype(gradient.dtype)
+
+        return jax.tree.map(itself_or_sign, updates, average), new_state
+
+    return finite_only(optax.GradientTransformation(ema.init, update_fn), caller=caller)
+
+
+def check_beta(beta: float | jax.Array, caller: str) -> None:
+    """Raise a `ValueError` if a decay rate is outside [0, 1)."""
+    if not isinstance(beta, jax.Array) and not 0 <= beta < 1:
+        raise ValueError(f"`{caller}(beta=...)` has to be in [0, 1), got {beta}.")
 
 
 class FiniteOnlyState(NamedTuple):

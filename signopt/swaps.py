@@ -1,4 +1,4 @@
-"""Dealing and gathering between two or four processes on CPUs, by all-reduces.
+"""Dealing and gathering among two or four workers, in processes on CPUs, by all-reduces.
 
 Between processes on CPUs JAX's collectives are gloo's. Its `all_to_all` lets the two directions of a connection take turns: a
 host that comes second writes all of its message before its "ready to receive", so the other's message waits. Its all-reduce
@@ -16,15 +16,28 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-# A message this large takes longer to send at 1 Gbit/s than another collective costs.
+# A swap waits longer than JAX's own exchange, by milliseconds where processes share cores; smaller messages gain less.
 _LARGE = 2**16  # bytes
 
 
-def pay(message: jax.Array) -> bool:
-    """Whether a message like this one is better swapped: large, of words, and between processes on CPUs."""
+def should_deal(rows: jax.Array) -> bool:
+    """Whether rows like these, one for each worker, are dealt by `all_to_all` below."""
+    return len(rows) in (2, 4) and _pays(rows.size // len(rows), rows.dtype)
+
+
+def should_gather(x: jax.Array, num_workers: int) -> bool:
+    """Whether something like this from each worker is gathered by `all_gather` below."""
+    return num_workers == 2 and _pays(x.size, x.dtype)
+
+
+def _pays(size: int, dtype: jnp.dtype) -> bool:
+    """Whether a message is better swapped: large, of words, in a run of several processes on CPUs.
+
+    Nothing tells here whether the workers of an axis are in different processes. Where they are not, swaps only cost time.
+    """
     between_processes_on_cpus = jax.process_count() > 1 and jax.default_backend() == "cpu"
-    is_large = message.size * message.dtype.itemsize >= _LARGE
-    return between_processes_on_cpus and is_large and jnp.issubdtype(message.dtype, jnp.unsignedinteger)
+    is_large = size * dtype.itemsize >= _LARGE
+    return between_processes_on_cpus and is_large and jnp.issubdtype(dtype, jnp.unsignedinteger)
 
 
 def all_to_all(rows: jax.Array, devices: tuple[Hashable, ...]) -> jax.Array:
@@ -42,7 +55,7 @@ def all_to_all(rows: jax.Array, devices: tuple[Hashable, ...]) -> jax.Array:
     return jnp.stack([rows[me], *others])
 
 
-def join(x: jax.Array, devices: tuple[Hashable, ...]) -> jax.Array:
+def all_gather(x: jax.Array, devices: tuple[Hashable, ...]) -> jax.Array:
     """Both workers' `x`, concatenated along the last axis, the same on each.
 
     Args:

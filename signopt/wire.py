@@ -8,7 +8,8 @@ the workers::
   ballots (n words) --all_to_all--> everybody's ballots on my chunk --decide--> my chunk --all_gather--> decisions
 
 Two collectives per step, whatever the number of leaves, and 2 (M-1)/M bits per parameter and plane for each of M
-workers. (Two or four processes on CPUs swap large buffers, the same bytes in up to four collectives: `signopt.swaps`.)
+workers. (Two or four workers in processes on CPUs swap large buffers, the same bytes in up to four collectives:
+`signopt.swaps`.)
 Nothing here counts parameters in 32 bits: sizes and offsets are Python integers, known when the step is traced.
 """
 
@@ -150,7 +151,8 @@ def exchange(
 
     Args:
       ballots: This worker's.
-      decide: From the ballots of all workers on some words to the decisions there. It must not depend on which words.
+      decide: From the ballots of all workers on some words to the decisions there. It must not depend on which words, nor
+        on the order of the workers.
       axis_name: The workers: device axes, vmapped ones, or both.
 
     Returns:
@@ -160,7 +162,7 @@ def exchange(
 
 
 def deal(ballots: UInt[Array, " n"], axis_name: axis.AxisName) -> UInt[Array, "workers chunk"]:
-    """Everybody's ballots on the words that this worker serves: the first half of `exchange`."""
+    """Everybody's ballots on the words that this worker serves, in no particular order: the first half of `exchange`."""
     devices, vmapped = axis.devices_and_vmapped(axis_name)
     everybody_here = axis.stack_vmapped(ballots, vmapped)
     if not devices:

@@ -176,6 +176,37 @@ def test_the_default_wire_is_two_bit():
         chex.assert_trees_all_equal(default, two_bit)
 
 
+@pytest.mark.parametrize("accumulator_dtype", (None, jnp.float16, jnp.bfloat16, jnp.float32))
+@pytest.mark.parametrize("dtype", (jnp.float16, jnp.bfloat16, jnp.float32))
+def test_voted_signum_moves_in_the_dtype_of_the_gradient(dtype, accumulator_dtype):
+    updates = list(remembering(dtype, accumulator_dtype, steps=2))
+    assert [u.dtype for u in updates] == [dtype] * 2
+    assert [u.tolist() for u in updates] == [[-1.0, 1.0]] * 2
+
+
+def test_voted_signum_votes_with_momentum_that_does_not_fit_the_gradient():
+    *_, last = remembering(jnp.float16, jnp.float32, steps=12)  # 2e-10 of momentum, 0 in float16
+    assert last.tolist() == [-1.0, 1.0]
+
+
+def remembering(dtype, accumulator_dtype, steps):
+    """The updates of a voted signum after one small gradient, and none after it."""
+    tx = signopt.signum(1.0, 0.5, accumulator_dtype, axis_name="w")
+    gradient = jnp.array([[1e-6, -1e-6]], dtype)
+    state = jax.vmap(tx.init)(gradient)
+    update = jax.vmap(tx.update, axis_name="w")
+    for _ in range(steps):
+        updates, state = update(gradient, state)
+        yield updates[0]
+        gradient = jnp.zeros_like(gradient)
+
+
+@pytest.mark.parametrize("axis_name", (None, "w"))
+def test_signum_refuses_a_decay_rate_outside_0_1(axis_name):
+    with pytest.raises(ValueError, match=r"`signum\(beta=\.\.\.\)` has to be in \[0, 1\), got 1\.5\."):
+        signopt.signum(0.1, 1.5, axis_name=axis_name)
+
+
 def test_every_transformation_is_of_optaxs_type_and_takes_extra_arguments():
     for make, _ in OPTIMIZERS.values():
         assert isinstance(make(), optax.GradientTransformationExtraArgs)

@@ -43,10 +43,10 @@ def test_swaps_deal_what_all_to_all_does(shape, names, dtype, check_vma, devices
 
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("dtype", ["uint8", "uint16"])
-def test_a_swap_joins_what_all_gather_does_and_types_know_that_it_is_the_same(dtype, check_vma, devices, rng):
+def test_a_swap_gathers_what_all_gather_does_and_types_know_that_it_is_the_same(dtype, check_vma, devices, rng):
     x = words(rng, dtype, 2 * 7)
-    join = lambda x: swaps.join(x, ("w",))
-    found = everywhere(join, devices[:2], (2,), ("w",), check_vma, out_specs=jax.P())(x)
+    gather = lambda x: swaps.all_gather(x, ("w",))
+    found = everywhere(gather, devices[:2], (2,), ("w",), check_vma, out_specs=jax.P())(x)
     assert found.dtype == dtype
     assert found.tolist() == x.tolist()
 
@@ -91,5 +91,5 @@ def test_everybody_else_deals_at_once(case, monkeypatch, devices):
 def test_numbers_that_are_no_words_are_not_swapped(monkeypatch):
     """The sum of two floats less one of them is not the other."""
     between_processes(monkeypatch)
-    assert not swaps.pay(jnp.zeros(LARGE, jnp.float32))
-    assert swaps.pay(jnp.zeros(LARGE, jnp.uint16))
+    assert not swaps.should_gather(jnp.zeros(LARGE, jnp.float32), 2)
+    assert swaps.should_gather(jnp.zeros(LARGE, jnp.uint16), 2)

@@ -1,7 +1,6 @@
 """The timing experiments: what is run and recorded, not how long it took."""
 
 import dataclasses
-import re
 
 import jax
 import jax.numpy as jnp
@@ -105,25 +104,3 @@ def test_an_extra_buffer_would_be_seen():
 
     greedy = step_time.local_step(optax.GradientTransformation(plain.init, update_fn), 100_000, 10)
     assert step_time.temporary_bytes(greedy) > step_time.temporary_bytes(step_time.local_step(plain, 100_000, 10))
-
-
-def kernels_of(program, *args):
-    """The bodies of the compiled kernels, without the names of what is in them."""
-    text = jax.jit(program).lower(*args).compile().as_text()
-    bodies = re.findall(r"^%fused_computation[^\n]*\{\n(.*?)^\}", text, flags=re.MULTILINE | re.DOTALL)
-    return {re.sub(r"%[\w.-]+|, metadata=\{[^}]*\}", "", body) for body in bodies}
-
-
-def test_leaves_of_one_size_share_their_kernels():
-    words = jax.ShapeDtypeStruct((30 * 125,), jnp.uint8)
-    few, many = ([jax.ShapeDtypeStruct((1000,), jnp.float32)] * n for n in (15, 30))
-
-    def step(params, words):
-        return jax.tree.map(lambda x, vote: x - step_time.RATE * vote, params, signopt.wire.unpack(words, params))
-
-    def step_from_known_places(params, words):
-        votes = signopt.bits.unpack(words).astype(jnp.float32)
-        return [x - step_time.RATE * votes[1000 * i : 1000 * (i + 1)] for i, x in enumerate(params)]
-
-    assert len(kernels_of(step, many, words)) <= len(kernels_of(step, few, words)) + 1
-    assert len(kernels_of(step_from_known_places, many, words)) >= 30

@@ -131,6 +131,28 @@ def test_a_tree_of_500_leaves_is_voted_on_leaf_by_leaf(rng):
         assert_same_tree(got, expected_tree(wire, updates, 3))
 
 
+def kernels_of(program, *args):
+    """The bodies of the compiled kernels, without the names of what is in them."""
+    text = jax.jit(program).lower(*args).compile().as_text()
+    bodies = re.findall(r"^%fused_computation[^\n]*\{\n(.*?)^\}", text, flags=re.MULTILINE | re.DOTALL)
+    return {re.sub(r"%[\w.-]+|, metadata=\{[^}]*\}", "", body) for body in bodies}
+
+
+def test_leaves_of_one_size_share_their_kernels():
+    words = jax.ShapeDtypeStruct((30 * 125,), jnp.uint8)
+    few, many = ([jax.ShapeDtypeStruct((1000,), jnp.float32)] * n for n in (15, 30))
+
+    def step(params, words):
+        return jax.tree.map(lambda x, vote: x - 0.1 * vote, params, signopt.wire.unpack(words, params))
+
+    def step_from_known_places(params, words):
+        votes = signopt.bits.unpack(words).astype(jnp.float32)
+        return [x - 0.1 * votes[1000 * i : 1000 * (i + 1)] for i, x in enumerate(params)]
+
+    assert len(kernels_of(step, many, words)) <= len(kernels_of(step, few, words)) + 1
+    assert len(kernels_of(step_from_known_places, many, words)) >= 30
+
+
 @pytest.mark.parametrize("wire", WIRES)
 def test_a_leaf_of_more_than_2_to_the_32_entries_compiles(wire, devices):
     """Nothing counts entries in 32 bits, neither here nor in the compiled program."""
