@@ -8,9 +8,9 @@ the workers::
   ballots (n words) --all_to_all--> everybody's ballots on my chunk --decide--> my chunk --all_gather--> decisions
 
 Two collectives per step, whatever the number of leaves, and 2 (M-1)/M bits per parameter and plane for each of M
-workers. (Two or four workers in processes on CPUs swap large buffers, the same bytes in up to four collectives:
-`signopt.swaps`.)
-Nothing here counts parameters in 32 bits: sizes and offsets are Python integers, known when the step is traced.
+workers; where two or four of them are processes on CPUs, large buffers are swapped in up to four collectives of the same
+bytes (`signopt.swaps`). Nothing here counts parameters in 32 bits: sizes and offsets are Python integers, known when the
+step is traced.
 """
 
 from collections.abc import Callable

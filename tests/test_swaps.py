@@ -55,7 +55,7 @@ def test_a_swap_gathers_what_all_gather_does_and_types_know_that_it_is_the_same(
 
 
 def collectives(num_workers, size, devices):
-    """The kinds of collectives in the program of a one-bit vote, and how many workers one has."""
+    """The kinds of collectives in the program of a one-bit vote, in order."""
     vote = signopt.majority_vote("w", wire="one_bit")
     update = lambda g: vote.update(g[0], vote.init(None))[0]
     mapped = everywhere(update, devices[:num_workers], (num_workers,), ("w",), out_specs=jax.P())
