@@ -22,7 +22,7 @@ import signopt
 
 WIRES = ("float32", "bfloat16", "int8", "all_gather", "two_bit", "one_bit")
 PLANES = {"one_bit": 1, "two_bit": 2, "all_gather": 1}
-# Beyond 128 voters `signopt.bits.count` no longer fits into registers, and beyond 256 it adds up groups in a loop: measured,
+# Beyond 128 voters `signopt._bits.count` no longer fits into registers, and beyond 256 it adds up groups in a loop: measured,
 # four to six times the work for each ballot at M = 256 to 1,024.
 _MANY, _PER_PLANE = 128, 0.6
 

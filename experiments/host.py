@@ -26,11 +26,11 @@ from experiments import models
 from experiments import namespaces
 from experiments import optimizers
 import signopt
-from signopt import bits
-from signopt import processes
-from signopt import swaps
+from signopt import _bits
+from signopt import _swaps
 from signopt import vote
 from signopt import wire as wires
+from signopt.workers import check as processes
 
 AXIS = optimizers.AXIS
 STEP = 1e-3  # by which a vote moves the values of the next one
@@ -51,7 +51,7 @@ def _int8_signs(values, state):
 def _gathered_signs(values, state):
     """Everybody's packed ballots to everybody, as most others do; counted as fast as `majority_vote` does."""
     everybody = lax.all_gather(vote.cast(values, "one_bit", AXIS, state.count, None), AXIS)
-    decided = vote.decide(bits.count(everybody), "one_bit", len(everybody), jnp.int32(1), state.count)
+    decided = vote.decide(_bits.count(everybody), "one_bit", len(everybody), jnp.int32(1), state.count)
     return wires.unpack(decided, values), vote.MajorityVoteState(state.count + 1)
 
 
@@ -67,9 +67,9 @@ BORDERS: dict[str, Callable[..., tuple[Any, Any]]] = {
 # What a one-bit vote of few hosts is made of, from a row for each host, and what JAX has for the same.
 COLLECTIVES: dict[str, Callable[[jax.Array], jax.Array]] = {
     "all_to_all": lambda rows: lax.all_to_all(rows, AXIS, split_axis=0, concat_axis=0, tiled=True),
-    "all_to_all, swapped": lambda rows: swaps.all_to_all(rows, (AXIS,)),
+    "all_to_all, swapped": lambda rows: _swaps.all_to_all(rows, (AXIS,)),
     "all_gather": lambda rows: lax.all_gather(rows[0], AXIS),
-    "all_gather, swapped": lambda rows: swaps.all_gather(rows[0], (AXIS,)),
+    "all_gather, swapped": lambda rows: _swaps.all_gather(rows[0], (AXIS,)),
 }
 
 

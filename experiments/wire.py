@@ -31,7 +31,7 @@ from experiments import timing
 from experiments.flags import flag
 from experiments.records import Record
 import signopt
-from signopt import bits
+from signopt import _bits
 from signopt import sign
 from signopt import vote
 from signopt import wire as wires
@@ -182,7 +182,7 @@ def stages(config: Config) -> dict[tuple[str, int, int], Stage]:
         for voters in config.voters:
 
             def decide(ballots, wire=wire, voters=voters):
-                return vote.decide(bits.count(ballots), wire, voters, margin, step)
+                return vote.decide(_bits.count(ballots), wire, voters, margin, step)
 
             share = -(-words // voters)  # of the parameters, which a worker counts for everybody
             ballots = jnp.resize(packed, (voters, share))

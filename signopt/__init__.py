@@ -22,8 +22,8 @@ from signopt.alias import signum as signum
 from signopt.means import mean as mean
 from signopt.momentum import scale_by_sign as scale_by_sign
 from signopt.momentum import scale_by_signum as scale_by_signum
-from signopt.signprox import prox_step as prox_step
-from signopt.signprox import scale_by_prox_gradient as scale_by_prox_gradient
+from signopt.prox.step import prox_step as prox_step
+from signopt.prox.step import scale_by_prox_gradient as scale_by_prox_gradient
 from signopt.step_size import adaptive_majority_vote as adaptive_majority_vote
 from signopt.vote import MajorityVoteState as MajorityVoteState
 from signopt.vote import majority_vote as majority_vote

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 import optax
 
-from signopt import axis
+from signopt import _axis
 from signopt import sign
 from signopt import vote
 
@@ -29,7 +29,7 @@ class Situation(NamedTuple):
       count: int32 scalar: the steps before this one.
     """
 
-    axis_name: axis.AxisName
+    axis_name: _axis.AxisName
     count: Int[Array, ""]
 
 
@@ -47,7 +47,7 @@ class CorruptState(NamedTuple):
 
 
 def corrupt(
-    adversary: Adversary, num_adversaries: int | jax.Array, axis_name: axis.AxisName
+    adversary: Adversary, num_adversaries: int | jax.Array, axis_name: _axis.AxisName
 ) -> optax.GradientTransformationExtraArgs:
     """Let the first workers of an axis send what an adversary makes of their updates.
 
@@ -85,14 +85,14 @@ def corrupt(
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
-        num_workers = axis.size(axis_name, caller)
+        num_workers = _axis.size(axis_name, caller)
         if known and num_adversaries > num_workers:
             raise ValueError(
                 f"`{caller}(num_adversaries=...)` has to be at most the size of axis {axis_name!r}, which is "
                 f"{num_workers}, got {num_adversaries}."
             )
         sign.require_floating(updates, caller)
-        is_bad = axis.index(axis_name) < num_adversaries
+        is_bad = _axis.index(axis_name) < num_adversaries
         sent = adversary(updates, Situation(axis_name, state.count))
         updates = jax.tree.map(lambda bad, own: jnp.where(is_bad, bad.astype(own.dtype), own), sent, updates)
         return updates, CorruptState(state.count + 1)
@@ -130,7 +130,7 @@ def random(key: jax.Array) -> Adversary:
     """
 
     def send(updates, situation):
-        own = jax.random.fold_in(jax.random.fold_in(key, situation.count), axis.index(situation.axis_name))
+        own = jax.random.fold_in(jax.random.fold_in(key, situation.count), _axis.index(situation.axis_name))
         keys = optax.tree.split_key_like(own, updates)
         return jax.tree.map(lambda k, x: x * jax.random.rademacher(k, x.shape, x.dtype), keys, updates)
 

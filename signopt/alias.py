@@ -5,29 +5,29 @@ from typing import Any
 import jax
 import optax
 
-from signopt import axis
-from signopt import state
+from signopt import _axis
 from signopt.momentum import average_to_vote
 from signopt.momentum import check_beta
 from signopt.momentum import finite_only
 from signopt.momentum import scale_by_sign
-from signopt.penalty import Operator
-from signopt.penalty import Prox
-from signopt.penalty import as_prox
 from signopt.precision import warn_if_narrow
-from signopt.sampled import SampledProx
-from signopt.signprox import scale_by_prox_gradient
+from signopt.prox.penalty import Operator
+from signopt.prox.penalty import Prox
+from signopt.prox.penalty import as_prox
+from signopt.prox.sampling import SampledProx
+from signopt.prox.step import scale_by_prox_gradient
 from signopt.step_size import Estimator
 from signopt.step_size import Smoothness
 from signopt.step_size import adaptive_majority_vote
 from signopt.vote import majority_vote
 from signopt.wire import Wire
+from signopt.workers import state
 
 
 def signsgd(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    axis_name: axis.AxisName = None,
+    axis_name: _axis.AxisName = None,
     num_workers: int | None = None,
     wire: Wire = "two_bit",
     weight_decay: optax.ScalarOrSchedule = 0.0,
@@ -82,7 +82,7 @@ def signum(
     beta: float | jax.Array = 0.9,
     accumulator_dtype: Any = None,
     *,
-    axis_name: axis.AxisName = None,
+    axis_name: _axis.AxisName = None,
     num_workers: int | None = None,
     wire: Wire = "two_bit",
     weight_decay: optax.ScalarOrSchedule = 0.0,
@@ -147,7 +147,7 @@ def lion(
     weight_decay: optax.ScalarOrSchedule = 1e-3,
     mask: Any = None,
     *,
-    axis_name: axis.AxisName = None,
+    axis_name: _axis.AxisName = None,
     num_workers: int | None = None,
     wire: Wire = "two_bit",
 ) -> optax.GradientTransformationExtraArgs:
@@ -206,7 +206,7 @@ def signprox(
     prox: Prox | SampledProx | Operator,
     step_size: optax.ScalarOrSchedule | None = None,
     beta: float | jax.Array | None = None,
-    axis_name: axis.AxisName = None,
+    axis_name: _axis.AxisName = None,
     num_workers: int | None = None,
     wire: Wire = "two_bit",
 ) -> optax.GradientTransformationExtraArgs:
@@ -280,7 +280,7 @@ def signprox(
 
 def mh_signsgd(
     *,
-    axis_name: axis.AxisName,
+    axis_name: _axis.AxisName,
     num_workers: int | None = None,
     beta: float | jax.Array = 0.95,
     smoothness: Smoothness = "dimension",

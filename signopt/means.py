@@ -3,10 +3,10 @@
 import jax
 import optax
 
-from signopt import axis
+from signopt import _axis
 
 
-def mean(axis_name: axis.AxisName) -> optax.GradientTransformation:
+def mean(axis_name: _axis.AxisName) -> optax.GradientTransformation:
     """Replace each worker's updates by their mean over all workers, in full precision.
 
     The baseline that `majority_vote` is measured against, and the inner level where workers within a fast network
@@ -37,8 +37,8 @@ def mean(axis_name: axis.AxisName) -> optax.GradientTransformation:
 
     def update_fn(updates, state, params=None):
         del params
-        num_workers = axis.size(axis_name, "mean")
-        axis.require_varying(updates, axis_name, "mean")
-        return jax.tree.map(lambda x: x / num_workers, axis.total(updates, axis_name)), state
+        num_workers = _axis.size(axis_name, "mean")
+        _axis.require_varying(updates, axis_name, "mean")
+        return jax.tree.map(lambda x: x / num_workers, _axis.total(updates, axis_name)), state
 
     return optax.GradientTransformation(init_fn, update_fn)

@@ -21,12 +21,12 @@ from jaxtyping import Array, Float, Int, UInt, UInt8
 import numpy as np
 import optax
 
-from signopt import axis
-from signopt import bits
-from signopt import curvature
+from signopt import _axis
+from signopt import _bits
 from signopt import sign
 from signopt import vote
 from signopt import wire as wires
+from signopt.diagnostics import curvature
 
 Estimator = Literal["margin", "exact", "leave_one_out"]
 Smoothness = float | jax.Array | Literal["dimension", "curvature"]
@@ -49,7 +49,7 @@ class AdaptiveMajorityVoteState(NamedTuple):
 
 
 def adaptive_majority_vote(
-    axis_name: axis.AxisName,
+    axis_name: _axis.AxisName,
     *,
     smoothness: Smoothness = "dimension",
     estimator: Estimator = "margin",
@@ -142,14 +142,14 @@ def adaptive_majority_vote(
         )
 
     def update_fn(updates, state, params=None, *, present=None, value_fn=None, **extra_args):
-        num_workers = axis.size(axis_name, caller)
+        num_workers = _axis.size(axis_name, caller)
         if estimator != "exact" and num_workers == 1:
             raise ValueError(
                 f"`{caller}(estimator={estimator!r})` has to run over at least 2 workers, got 1: it compares each with the "
                 'others. Pass `estimator="exact", wire="psum"`, or split the batch over more workers.'
             )
         sign.require_floating(updates, caller)
-        axis.require_varying(updates, axis_name, caller)
+        _axis.require_varying(updates, axis_name, caller)
         if smoothness == "curvature":
             total_smoothness = _measured(
                 updates, state, params, value_fn, axis_name=axis_name, refresh_every=refresh_every, key=key
@@ -171,7 +171,7 @@ def adaptive_majority_vote(
 # ---- the vote, and the estimate of the progress that it promises: the sum of |g| (1 - 2 P) ---------------------------
 
 
-def _by_sum(updates: Any, axis_name: axis.AxisName, estimator: str, present: Any) -> tuple[Any, Float[Array, ""]]:
+def _by_sum(updates: Any, axis_name: _axis.AxisName, estimator: str, present: Any) -> tuple[Any, Float[Array, ""]]:
     """Where every worker learns the sum of the signs, it looks at all coordinates; then one number is averaged."""
     voters = _number_present(axis_name, present)
     sums = vote.sum_of_votes(updates, axis_name, present)
@@ -188,16 +188,16 @@ def _by_sum(updates: Any, axis_name: axis.AxisName, estimator: str, present: Any
 
     own = jnp.asarray(sum(jax.tree.leaves(jax.tree.map(share, updates, sums))), jnp.float32)
     own = own if present is None else jnp.where(present, own, 0)
-    return votes, jnp.sum(axis.gather_scalar(own, axis_name)) / jnp.maximum(voters, 1)
+    return votes, jnp.sum(_axis.gather_scalar(own, axis_name)) / jnp.maximum(voters, 1)
 
 
 def _by_count(
-    updates: Any, axis_name: axis.AxisName, wire: str, step: Int[Array, ""], present: Any
+    updates: Any, axis_name: _axis.AxisName, wire: str, step: Int[Array, ""], present: Any
 ) -> tuple[Any, Float[Array, ""]]:
     """Where a worker learns the margins on the chunk that it serves, it looks at that; then one number is added up."""
-    num_workers = axis.size(axis_name, "adaptive_majority_vote")
+    num_workers = _axis.size(axis_name, "adaptive_majority_vote")
     ballots = vote.cast(updates, wire, axis_name, step, present)
-    counts = bits.count(wires.deal(ballots, axis_name))
+    counts = _bits.count(wires.deal(ballots, axis_name))
     decisions = vote.decide(counts, wire, num_workers, jnp.int32(1), step)
     own = _progress_where_served(updates, counts, wire, num_workers, axis_name)
     own = own if present is None else jnp.where(present, own, 0)
@@ -209,16 +209,16 @@ def _by_count(
 
 
 def _collect(
-    decisions: UInt[Array, " chunk"], own: Float[Array, ""], num_words: int, axis_name: axis.AxisName
+    decisions: UInt[Array, " chunk"], own: Float[Array, ""], num_words: int, axis_name: _axis.AxisName
 ) -> tuple[UInt[Array, " n"], Float[Array, " workers"]]:
     """`wires.collect`, with everybody's number in the same message: waiting for a second one would cost as much."""
-    devices, vmapped = axis.devices_and_vmapped(axis_name)
-    shares = axis.stack_vmapped(own, vmapped)
+    devices, vmapped = _axis.devices_and_vmapped(axis_name)
+    shares = _axis.stack_vmapped(own, vmapped)
     if not devices:
         return decisions, shares
     words_per_number = 4 // decisions.dtype.itemsize
     message = jnp.concatenate([decisions, lax.bitcast_convert_type(shares, decisions.dtype).ravel()])
-    found = axis.join_devices(message, devices).reshape(-1, message.size)
+    found = _axis.join_devices(message, devices).reshape(-1, message.size)
     shares = found[:, decisions.size :].reshape(-1, words_per_number)
     return found[:, : decisions.size].ravel()[:num_words], lax.bitcast_convert_type(shares, jnp.float32)
 
@@ -236,17 +236,17 @@ def _pairs(num_workers: Any) -> Float[Array, ""]:
 
 
 def _progress_where_served(
-    updates: Any, counts: list[UInt8[Array, " n"]], wire: str, num_workers: int, axis_name: axis.AxisName
+    updates: Any, counts: list[UInt8[Array, " n"]], wire: str, num_workers: int, axis_name: _axis.AxisName
 ) -> Float[Array, ""]:
     """The margin estimate's sum over the coordinates that this worker serves.
 
     A device serves the chunk that it has counted. Vmapped workers on one device share its chunk out among themselves.
     """
-    devices, vmapped = axis.devices_and_vmapped(axis_name)
+    devices, vmapped = _axis.devices_and_vmapped(axis_name)
     chunk = counts[0].shape[0]
 
     def progress(values, counts):
-        count = jnp.asarray(sum(bits.unpack(plane).astype(jnp.int32) << i for i, plane in enumerate(counts)))
+        count = jnp.asarray(sum(_bits.unpack(plane).astype(jnp.int32) << i for i, plane in enumerate(counts)))
         sums = (count if wire == "two_bit" else 2 * count) - num_workers
         return jnp.sum(_magnitude(values) * _surplus(sums, num_workers)) / _pairs(num_workers)
 
@@ -283,10 +283,10 @@ def _slice_of_buffer(tree: Any, first: int, num_words: int) -> Float[Array, " 8*
     return jnp.concatenate([x for x in (*parts, jnp.zeros(8 * last - filled)) if x.size])
 
 
-def _number_present(axis_name: axis.AxisName, present: Any) -> Any:
+def _number_present(axis_name: _axis.AxisName, present: Any) -> Any:
     if present is None:
-        return axis.size(axis_name, "adaptive_majority_vote")
-    return jnp.sum(axis.gather_scalar(jnp.asarray(present).astype(jnp.int32), axis_name))
+        return _axis.size(axis_name, "adaptive_majority_vote")
+    return jnp.sum(_axis.gather_scalar(jnp.asarray(present).astype(jnp.int32), axis_name))
 
 
 def _magnitude(x: jax.Array) -> Float[Array, "..."]:
@@ -334,7 +334,7 @@ def _measured(
     params: Any,
     value_fn: Callable | None,
     *,
-    axis_name: axis.AxisName,
+    axis_name: _axis.AxisName,
     refresh_every: int,
     key: Any,
 ) -> Float[Array, ""]:
@@ -348,13 +348,13 @@ def _measured(
     is_due = state.count % refresh_every == 0
 
     def measure():
-        own = axis.to_varying(params, axis_name)
+        own = _axis.to_varying(params, axis_name)
         diagonal = curvature.hessian_diagonal(value_fn, own, jax.random.fold_in(key, state.count))
         signs = jax.tree.map(lambda v, x: sign.sign(v).astype(x.dtype), updates, own)
         _, product = jax.jvp(jax.grad(value_fn), (own,), (signs,))
         along = optax.tree.vdot(signs, product)
         return jnp.maximum(_norm(diagonal), jnp.asarray(along, jnp.float32))
 
-    own = lax.cond(is_due, measure, lambda: axis.to_varying(jnp.float32(0), axis_name))
-    found = jnp.mean(axis.gather_scalar(own, axis_name))
+    own = lax.cond(is_due, measure, lambda: _axis.to_varying(jnp.float32(0), axis_name))
+    found = jnp.mean(_axis.gather_scalar(own, axis_name))
     return jnp.where(is_due, found, state.smoothness)

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, UInt, UInt8
 import optax
 
-from signopt import axis
-from signopt import bits
+from signopt import _axis
+from signopt import _bits
 from signopt import sign
 from signopt import wire as wires
 
@@ -37,7 +37,7 @@ class MajorityVoteState(NamedTuple):
 
 
 def majority_vote(
-    axis_name: axis.AxisName, *, wire: wires.Wire = "two_bit", quorum: float | jax.Array = 0.0
+    axis_name: _axis.AxisName, *, wire: wires.Wire = "two_bit", quorum: float | jax.Array = 0.0
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replace each worker's updates by the sign that most workers agree on.
 
@@ -92,9 +92,9 @@ def majority_vote(
 
     def update_fn(updates, state, params=None, *, present=None, **extra_args):
         del params, extra_args
-        num_workers = axis.size(axis_name, caller)
+        num_workers = _axis.size(axis_name, caller)
         sign.require_floating(updates, caller)
-        axis.require_varying(updates, axis_name, caller)
+        _axis.require_varying(updates, axis_name, caller)
         margin = _margin(quorum, num_workers)
         if wire == "psum":
             decisions = _vote_by_sum(updates, axis_name, margin, present)
@@ -111,34 +111,39 @@ def _margin(quorum: float | jax.Array, num_workers: int) -> Int[Array, ""]:
     return jnp.maximum(1, needed).astype(jnp.int32)
 
 
-def sum_of_votes(updates: Any, axis_name: axis.AxisName, present: Any) -> Any:
+def sum_of_votes(updates: Any, axis_name: _axis.AxisName, present: Any) -> Any:
     """The sum of everybody's votes, in the smallest integers that hold it."""
-    dtype = wires.ballot_dtype(axis.size(axis_name, "majority_vote"))
+    dtype = wires.ballot_dtype(_axis.size(axis_name, "majority_vote"))
     votes = jax.tree.map(lambda x: sign.vote(x).astype(dtype), updates)
     if present is not None:
         votes = jax.tree.map(lambda t: t * jnp.asarray(present).astype(dtype), votes)
-    return axis.total(votes, axis_name)
+    return _axis.total(votes, axis_name)
 
 
-def _vote_by_sum(updates: Any, axis_name: axis.AxisName, margin: Int[Array, ""], present: Any) -> Any:
+def _vote_by_sum(updates: Any, axis_name: _axis.AxisName, margin: Int[Array, ""], present: Any) -> Any:
     """The definition."""
     sums = sum_of_votes(updates, axis_name, present)
     return jax.tree.map(lambda s, x: jnp.where(abs(s) >= margin, jnp.sign(s), 0).astype(x.dtype), sums, updates)
 
 
 def packed_vote(
-    updates: Any, axis_name: axis.AxisName, wire: str, margin: Int[Array, ""], step: Int[Array, ""], present: Any = None
+    updates: Any,
+    axis_name: _axis.AxisName,
+    wire: str,
+    margin: Int[Array, ""],
+    step: Int[Array, ""],
+    present: Any = None,
 ) -> UInt[Array, " n"]:
     """The decisions as they travel: what `majority_vote` unpacks."""
-    num_workers = axis.size(axis_name, "majority_vote")
+    num_workers = _axis.size(axis_name, "majority_vote")
 
     def count_and_decide(everybody):
-        return decide(bits.count(everybody), wire, num_workers, margin, step)
+        return decide(_bits.count(everybody), wire, num_workers, margin, step)
 
     return wires.exchange(cast(updates, wire, axis_name, step, present), count_and_decide, axis_name)
 
 
-def cast(updates: Any, wire: str, axis_name: axis.AxisName, step: Int[Array, ""], present: Any) -> UInt[Array, " n"]:
+def cast(updates: Any, wire: str, axis_name: _axis.AxisName, step: Int[Array, ""], present: Any) -> UInt[Array, " n"]:
     """This worker's signs as they travel: plus and not-minus, or one bit that is either where both agree."""
     signs = wires.pack(updates, sign.is_positive, sign.is_negative)
     if present is not None:
@@ -146,8 +151,8 @@ def cast(updates: Any, wire: str, axis_name: axis.AxisName, step: Int[Array, ""]
     if wire == "two_bit":
         return signs ^ jnp.uint16(0xFF00)
     plus, minus = signs.astype(jnp.uint8), (signs >> 8).astype(jnp.uint8)
-    num_workers = axis.size(axis_name, "majority_vote")
-    return plus | (~minus & wires.repeat(_filler(step, axis.index(axis_name), num_workers), updates))
+    num_workers = _axis.size(axis_name, "majority_vote")
+    return plus | (~minus & wires.repeat(_filler(step, _axis.index(axis_name), num_workers), updates))
 
 
 def _filler(step: Int[Array, ""], worker: Int[Array, ""], num_workers: int) -> UInt8[Array, " p"]:
@@ -157,7 +162,7 @@ def _filler(step: Int[Array, ""], worker: Int[Array, ""], num_workers: int) -> U
     """
     step, worker = step.astype(jnp.uint32), worker.astype(jnp.uint32)
     i = lax.iota(jnp.uint32, max(8, 2 ** (num_workers - 1).bit_length()))
-    return bits.pack((step + i + lax.population_count((step // 2 + i) & worker)) % 2 == 0)
+    return _bits.pack((step + i + lax.population_count((step // 2 + i) & worker)) % 2 == 0)
 
 
 def decide(
@@ -165,10 +170,10 @@ def decide(
 ) -> UInt[Array, " n"]:
     """Decide from how many bits were cast for each coordinate, in the encoding of a ballot."""
     if wire == "two_bit":  # the count is M + the sum of the votes
-        plus = bits.at_least(counts, num_workers + margin)
-        not_minus = bits.at_least(counts, num_workers - margin + 1)
+        plus = _bits.at_least(counts, num_workers + margin)
+        not_minus = _bits.at_least(counts, num_workers - margin + 1)
         return plus.astype(jnp.uint16) | (not_minus.astype(jnp.uint16) << 8)
-    plus = bits.at_least(counts, (num_workers + margin + 1) // 2)  # the count is half of that
-    not_minus = bits.at_least(counts, (num_workers - margin) // 2 + 1)
+    plus = _bits.at_least(counts, (num_workers + margin + 1) // 2)  # the count is half of that
+    not_minus = _bits.at_least(counts, (num_workers - margin) // 2 + 1)
     tie = jnp.where(step % 2 == 0, jnp.uint8(_EVEN), jnp.uint8(_ODD))  # (-1)**(step + i): every leaf starts a byte
     return plus | (not_minus & tie)

@@ -1,7 +1,7 @@
 """What travels: one buffer for a whole tree, two collectives, and their size in bytes.
 
 The signs of a tree are packed eight to a byte, leaf by leaf, every leaf from a fresh byte on, and the packed leaves are
-joined into one buffer of words, of one byte where a ballot has one bit and of two where it has two: `signopt.bits`. Each
+joined into one buffer of words, of one byte where a ballot has one bit and of two where it has two: `signopt._bits`. Each
 worker then serves one chunk of the parameters, which is the parameter server of Bernstein et al. (2018), sharded over
 the workers::
 
@@ -9,7 +9,7 @@ the workers::
 
 Two collectives per step, whatever the number of leaves, and 2 (M-1)/M bits per parameter and plane for each of M
 workers; where two or four of them are processes on CPUs, large buffers are swapped in up to four collectives of the same
-bytes (`signopt.swaps`). Nothing here counts parameters in 32 bits: sizes and offsets are Python integers, known when the
+bytes (`signopt._swaps`). Nothing here counts parameters in 32 bits: sizes and offsets are Python integers, known when the
 step is traced.
 """
 
@@ -24,8 +24,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int8, UInt
 import numpy as np
 
-from signopt import axis
-from signopt import bits
+from signopt import _axis
+from signopt import _bits
 
 Wire = Literal["one_bit", "two_bit", "psum"]
 
@@ -97,7 +97,7 @@ def pack(tree: Any, *tests: Callable[[jax.Array], Bool[Array, "..."]]) -> UInt[A
     Returns:
       uint8 for one test, uint16 for two; zeros where a leaf does not fill its last word.
     """
-    words = [bits.pack(*(test(flat) for test in tests)) for flat in joined(tree)]
+    words = [_bits.pack(*(test(flat) for test in tests)) for flat in joined(tree)]
     return jnp.concatenate([jnp.zeros(0, f"uint{8 * len(tests)}"), *words])
 
 
@@ -145,7 +145,7 @@ def repeat(pattern: UInt[Array, " p"], like: Any) -> UInt[Array, " n"]:
 def exchange(
     ballots: UInt[Array, " n"],
     decide: Callable[[UInt[Array, "workers chunk"]], UInt[Array, " chunk"]],
-    axis_name: axis.AxisName,
+    axis_name: _axis.AxisName,
 ) -> UInt[Array, " n"]:
     """Let every coordinate be decided once from everybody's ballots, and tell everybody.
 
@@ -161,10 +161,10 @@ def exchange(
     return collect(decide(deal(ballots, axis_name)), ballots.shape[-1], axis_name)
 
 
-def deal(ballots: UInt[Array, " n"], axis_name: axis.AxisName) -> UInt[Array, "workers chunk"]:
+def deal(ballots: UInt[Array, " n"], axis_name: _axis.AxisName) -> UInt[Array, "workers chunk"]:
     """Everybody's ballots on the words that this worker serves, in no particular order: the first half of `exchange`."""
-    devices, vmapped = axis.devices_and_vmapped(axis_name)
-    everybody_here = axis.stack_vmapped(ballots, vmapped)
+    devices, vmapped = _axis.devices_and_vmapped(axis_name)
+    everybody_here = _axis.stack_vmapped(ballots, vmapped)
     if not devices:
         return everybody_here
     num_servers = math.prod(lax.axis_size(name) for name in devices)
@@ -172,13 +172,13 @@ def deal(ballots: UInt[Array, " n"], axis_name: axis.AxisName) -> UInt[Array, "w
     chunk = -(-num_words // num_servers)
     padded = jnp.pad(everybody_here, ((0, 0), (0, num_servers * chunk - num_words)))
     by_server = padded.reshape(workers_here, num_servers, chunk).swapaxes(0, 1).reshape(num_servers, -1)
-    return axis.deal_rows(by_server, devices).reshape(-1, chunk)
+    return _axis.deal_rows(by_server, devices).reshape(-1, chunk)
 
 
-def collect(decisions: UInt[Array, " chunk"], num_words: int, axis_name: axis.AxisName) -> UInt[Array, " n"]:
+def collect(decisions: UInt[Array, " chunk"], num_words: int, axis_name: _axis.AxisName) -> UInt[Array, " n"]:
     """The decisions of all servers, the same on every worker: the second half of `exchange`."""
-    devices, _ = axis.devices_and_vmapped(axis_name)
-    return axis.join_devices(decisions, devices)[:num_words] if devices else decisions
+    devices, _ = _axis.devices_and_vmapped(axis_name)
+    return _axis.join_devices(decisions, devices)[:num_words] if devices else decisions
 
 
 def layout(tree: Any) -> list[tuple[int, int]]:
@@ -215,7 +215,7 @@ def _num_words(x: Any) -> int:
 
 
 def _votes(words: UInt[Array, " n"]) -> Int8[Array, " 8*n"]:
-    ones = [bits.unpack(words, plane).astype(jnp.int8) for plane in range(words.dtype.itemsize)]
+    ones = [_bits.unpack(words, plane).astype(jnp.int8) for plane in range(words.dtype.itemsize)]
     return ones[0] + ones[-1] - 1
 
 

@@ -48,7 +48,7 @@ def with_axis(transform, num_workers):
     """Run `transform` on `num_workers` simulated workers that all get the same updates."""
 
     def update(updates, state, params=None, **extra):
-        is_border = lambda s: isinstance(s, signopt.state.PerWorkerState)
+        is_border = lambda s: isinstance(s, signopt.workers.state.PerWorkerState)
         axes = jax.tree.map(lambda s: 0 if is_border(s) else None, state, is_leaf=is_border)
         one_worker = lambda state: transform.update(updates, state, params, **extra)
         workers = jax.vmap(one_worker, (axes,), (None, axes), axis_name=AXIS, axis_size=num_workers)

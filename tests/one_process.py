@@ -15,9 +15,9 @@ import numpy as np
 import optax
 
 import signopt
-from signopt import processes
-from signopt import swaps
+from signopt import _swaps
 from signopt import workers
+from signopt.workers import check as processes
 import test_runners
 
 # JAX joins the other processes before anything of it is used, and `test_runners` makes arrays when it is imported.
@@ -123,7 +123,7 @@ def large(devices):
     """The decisions of two votes over each packed wire that are large enough for processes to swap them."""
     mesh = test_runners.mesh_of(devices, (len(devices),), ("w",))
     votes = {wire: signopt.majority_vote("w", wire=wire) for wire in ("one_bit", "two_bit")}
-    like = jnp.zeros(8 * swaps._LARGE * len(devices) + 5)
+    like = jnp.zeros(8 * _swaps._LARGE * len(devices) + 5)
 
     def step(state, seed):
         gradient = jax.random.normal(jax.random.key(seed[0]), like.shape)
@@ -139,7 +139,7 @@ def large(devices):
 
 
 def large_votes(folder):
-    assert swaps.should_deal(jnp.zeros((jax.device_count(), swaps._LARGE), jnp.uint8))
+    assert _swaps.should_deal(jnp.zeros((jax.device_count(), _swaps._LARGE), jnp.uint8))
     np.savez(folder / f"large {jax.process_index()}.npz", *large(jax.devices()))
 
 

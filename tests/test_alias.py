@@ -62,7 +62,7 @@ def test_without_an_axis_it_is_optaxs_own(rate, ours, theirs):
 
 def simulate(tx, stacked):
     """Updates `(steps, *shape)` of M workers, and the last state; weight decay sees PARAMS."""
-    is_border = lambda s: isinstance(s, signopt.state.PerWorkerState)
+    is_border = lambda s: isinstance(s, signopt.workers.state.PerWorkerState)
     state = tx.init(PARAMS)
     axes = jax.tree.map(lambda s: 0 if is_border(s) else None, state, is_leaf=is_border)
     update = jax.jit(jax.vmap(lambda g, s: tx.update(g, s, PARAMS), (0, axes), (None, axes), axis_name="w"))

@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from signopt import bits
+from signopt import _bits
 
 
 @pytest.mark.parametrize("length", (0, 1, 7, 8, 9, 64, 1001))
 def test_unpacking_gives_back_what_was_packed_and_zeros_behind_it(length, rng):
     booleans = rng.random((3, length)) < 0.5
-    packed = bits.pack(jnp.asarray(booleans))
+    packed = _bits.pack(jnp.asarray(booleans))
     assert packed.dtype == jnp.uint8 and packed.shape == (3, -(-length // 8))
-    unpacked = np.asarray(bits.unpack(packed))
+    unpacked = np.asarray(_bits.unpack(packed))
     np.testing.assert_array_equal(unpacked[:, :length], booleans)
     assert not unpacked[:, length:].any()
 
@@ -24,18 +24,18 @@ def test_unpacking_gives_back_what_was_packed_and_zeros_behind_it(length, rng):
 @pytest.mark.parametrize("length", (0, 3, 8, 1001))
 def test_a_word_holds_two_planes_that_do_not_touch(length, rng):
     one, other = rng.random((2, 3, length)) < 0.5
-    packed = bits.pack(jnp.asarray(one), jnp.asarray(other))
+    packed = _bits.pack(jnp.asarray(one), jnp.asarray(other))
     assert packed.dtype == jnp.uint16 and packed.shape == (3, -(-length // 8))
     for plane, booleans in enumerate((one, other)):
-        np.testing.assert_array_equal(np.asarray(bits.unpack(packed, plane))[:, :length], booleans)
-    np.testing.assert_array_equal(packed.astype(jnp.uint8), bits.pack(jnp.asarray(one)))
+        np.testing.assert_array_equal(np.asarray(_bits.unpack(packed, plane))[:, :length], booleans)
+    np.testing.assert_array_equal(packed.astype(jnp.uint8), _bits.pack(jnp.asarray(one)))
 
 
 @pytest.mark.parametrize("num_ballots", (1, 8, 300))
 def test_ballots_of_two_planes_count_for_both(num_ballots, rng):
     one, other = rng.random((2, num_ballots, 40)) < np.linspace(-0.1, 1.1, 40)
-    planes = bits.count(bits.pack(jnp.asarray(one), jnp.asarray(other)))
-    values = sum(bits.unpack(plane).astype(jnp.int32) << k for k, plane in enumerate(planes))
+    planes = _bits.count(_bits.pack(jnp.asarray(one), jnp.asarray(other)))
+    values = sum(_bits.unpack(plane).astype(jnp.int32) << k for k, plane in enumerate(planes))
     np.testing.assert_array_equal(values, one.sum(0) + other.sum(0))
 
 
@@ -51,21 +51,21 @@ def test_counts_and_thresholds_are_those_of_the_unpacked_bits(num_ballots):
 
     @jax.jit
     def run(packed):
-        planes = bits.count(packed)
-        values = sum(bits.unpack(plane).astype(jnp.int32) << k for k, plane in enumerate(planes))
-        return values, jnp.stack([bits.unpack(bits.at_least(planes, int(t))) for t in thresholds])
+        planes = _bits.count(packed)
+        values = sum(_bits.unpack(plane).astype(jnp.int32) << k for k, plane in enumerate(planes))
+        return values, jnp.stack([_bits.unpack(_bits.at_least(planes, int(t))) for t in thresholds])
 
-    counts, reached = run(bits.pack(jnp.asarray(booleans)))
+    counts, reached = run(_bits.pack(jnp.asarray(booleans)))
     np.testing.assert_array_equal(counts, expected)
     np.testing.assert_array_equal(reached, expected >= thresholds[:, None])
 
 
 @jax.jit
 def _reached(packed, threshold):
-    return bits.unpack(bits.at_least(bits.count(packed), threshold))
+    return _bits.unpack(_bits.at_least(_bits.count(packed), threshold))
 
 
 @hypothesis.given(hnp.arrays(np.bool_, (11, 16)), st.integers(0, 11))
 def test_a_threshold_may_be_traced(booleans, threshold):
-    reached = _reached(bits.pack(jnp.asarray(booleans)), jnp.int32(threshold))
+    reached = _reached(_bits.pack(jnp.asarray(booleans)), jnp.int32(threshold))
     np.testing.assert_array_equal(reached, booleans.sum(0) >= threshold)

@@ -130,7 +130,9 @@ def no_state_is_ever_spoilt(case):
             tx = make(num_workers, wire)
             if key not in COMPILED:
                 step = lambda row, state, here, tx=tx: tx.update(row, state, params, present=here)
-                axes = jax.tree.map(lambda o: None if o == "shared" else 0, signopt.state.owners(tx.init(params)))
+                axes = jax.tree.map(
+                    lambda o: None if o == "shared" else 0, signopt.workers.state.owners(tx.init(params))
+                )
                 COMPILED[key] = jax.jit(jax.vmap(step, (0, axes, 0), (None, axes), axis_name="w"))
             state = tx.init(params)
             for _ in range(2):

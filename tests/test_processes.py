@@ -23,8 +23,8 @@ from experiments import processes as joining
 from experiments import records
 from experiments import train
 import one_process
-from signopt import processes
 from signopt import workers
+from signopt.workers import check as processes
 
 TESTS = pathlib.Path(__file__).parent
 ROOT = TESTS.parent

@@ -15,8 +15,8 @@ import optax
 import pytest
 
 from signopt import prox as proxes
-from signopt import total_variation
-from signopt.penalty import at_least_zero
+from signopt.prox import chains
+from signopt.prox.penalty import at_least_zero
 
 # ---- the penalties in NumPy: entry by entry, and on whole arrays ---------------------------------
 
@@ -209,7 +209,7 @@ def chains(n, rng):
 @pytest.mark.parametrize("strength", (0.2, 5.0))
 def test_total_variation_has_a_dual_certificate(n, strength, rng, x64):
     """x is optimal iff the running sum of y - x stays within the strength and reaches it, with its sign, at a jump."""
-    solve = jax.jit(total_variation.denoise)
+    solve = jax.jit(chains.denoise)
     for name, y in chains(n, rng).items():
         x = np.asarray(solve(jnp.asarray(y, jnp.float64), strength))
         dual = np.cumsum(y - x)
@@ -223,9 +223,9 @@ def test_total_variation_has_a_dual_certificate(n, strength, rng, x64):
 
 def test_total_variation_in_float32_is_within_rounding_of_float64(rng):
     y = rng.normal(size=100_000).astype(np.float32)
-    narrow = total_variation.denoise(jnp.asarray(y), 1.0)
+    narrow = chains.denoise(jnp.asarray(y), 1.0)
     with jax.enable_x64(True):
-        wide = total_variation.denoise(jnp.asarray(y, jnp.float64), 1.0)
+        wide = chains.denoise(jnp.asarray(y, jnp.float64), 1.0)
     np.testing.assert_allclose(narrow, wide, atol=20 * np.finfo(np.float32).eps)
 
 
@@ -237,11 +237,11 @@ def test_a_strong_total_variation_gives_the_mean_and_none_gives_the_data(rng):
 
 def test_total_variation_under_vmap_is_row_by_row(rng):
     rows = jnp.asarray(rng.normal(size=(5, 200)), jnp.float32)
-    one = lambda y, strength: total_variation.denoise(y, strength)
+    one = lambda y, strength: chains.denoise(y, strength)
     strengths = jnp.array([0.0, 0.1, 1.0, 10.0, 1000.0])
     batched = jax.vmap(one)(rows, strengths)
     np.testing.assert_array_equal(batched, jnp.stack([one(*pair) for pair in zip(rows, strengths, strict=True)]))
-    np.testing.assert_array_equal(total_variation.denoise(rows, 0.5), jax.vmap(lambda y: one(y, 0.5))(rows))
+    np.testing.assert_array_equal(chains.denoise(rows, 0.5), jax.vmap(lambda y: one(y, 0.5))(rows))
 
 
 # ---- corners ----------------------------------------------------------------------------------------

@@ -85,7 +85,7 @@ def split(batch, num_workers=M):
 
 def axes_of(state, mapped=0):
     """`mapped` inside a PerWorkerState, None elsewhere: vmap's view of the partition specs."""
-    is_border = lambda s: isinstance(s, signopt.state.PerWorkerState)
+    is_border = lambda s: isinstance(s, signopt.workers.state.PerWorkerState)
     return jax.tree.map(lambda s: jax.tree.map(lambda _: mapped, s) if is_border(s) else None, state, is_leaf=is_border)
 
 

@@ -20,10 +20,10 @@ from signopt import prox as proxes
 from signopt import signprox
 from signopt import workers
 from signopt.means import mean
-from signopt.signprox import prox_step
-from signopt.signprox import scale_by_prox_gradient
-from signopt.state import PerWorkerState
+from signopt.prox.step import prox_step
+from signopt.prox.step import scale_by_prox_gradient
 from signopt.vote import majority_vote
+from signopt.workers.state import PerWorkerState
 
 AXIS = "worker"
 

@@ -12,10 +12,10 @@ import optax
 import pytest
 
 import signopt
-from signopt.state import PerWorkerState
-from signopt.state import partition_specs
-from signopt.state import per_worker
-from signopt.state import resize
+from signopt.workers.state import PerWorkerState
+from signopt.workers.state import partition_specs
+from signopt.workers.state import per_worker
+from signopt.workers.state import resize
 
 M = 4
 PARAMS = {"w": jnp.arange(6.0).reshape(2, 3), "b": jnp.ones(5, jnp.bfloat16), "s": jnp.float32(1.0)}

@@ -13,7 +13,7 @@ import pytest
 from experiments import toy_noise
 import reference
 import signopt
-from signopt import axis
+from signopt import _axis
 from signopt import step_size
 from signopt import theory
 
@@ -456,5 +456,5 @@ def test_reduced_gradients_are_refused(devices):
 
 
 def test_scalars_are_gathered_in_the_order_of_workers():
-    found = jax.vmap(lambda x: axis.gather_scalar(x, AXIS), out_axes=None, axis_name=AXIS)(jnp.arange(5.0))
+    found = jax.vmap(lambda x: _axis.gather_scalar(x, AXIS), out_axes=None, axis_name=AXIS)(jnp.arange(5.0))
     assert found.tolist() == [0, 1, 2, 3, 4]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import signopt
-from signopt import swaps
+from signopt import _swaps
 
 SHAPES = [((2,), ("w",)), ((4,), ("w",)), ((2, 2), ("b", "a"))]
 
@@ -35,7 +35,7 @@ def test_swaps_deal_what_all_to_all_does(shape, names, dtype, check_vma, devices
     axes = names[::-1]  # an order that is not the mesh's
     rows = words(rng, dtype, workers, workers, 3, 5)
     run = functools.partial(everywhere, devices=devices[:workers], shape=shape, names=names, check_vma=check_vma)
-    found = run(lambda x: swaps.all_to_all(x[0], axes)[None])(rows)
+    found = run(lambda x: _swaps.all_to_all(x[0], axes)[None])(rows)
     expected = run(lambda x: lax.all_to_all(x[0], axes, split_axis=0, concat_axis=0, tiled=True)[None])(rows)
     for mine, theirs in zip(np.asarray(found), np.asarray(expected), strict=True):
         assert sorted(row.tobytes() for row in mine) == sorted(row.tobytes() for row in theirs)
@@ -45,7 +45,7 @@ def test_swaps_deal_what_all_to_all_does(shape, names, dtype, check_vma, devices
 @pytest.mark.parametrize("dtype", ["uint8", "uint16"])
 def test_a_swap_gathers_what_all_gather_does_and_types_know_that_it_is_the_same(dtype, check_vma, devices, rng):
     x = words(rng, dtype, 2 * 7)
-    gather = lambda x: swaps.all_gather(x, ("w",))
+    gather = lambda x: _swaps.all_gather(x, ("w",))
     found = everywhere(gather, devices[:2], (2,), ("w",), check_vma, out_specs=jax.P())(x)
     assert found.dtype == dtype
     assert found.tolist() == x.tolist()
@@ -68,7 +68,7 @@ def between_processes(monkeypatch, backend="cpu"):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
 
 
-LARGE = 8 * swaps._LARGE  # entries of a message
+LARGE = 8 * _swaps._LARGE  # entries of a message
 
 
 @pytest.mark.parametrize(
@@ -91,5 +91,5 @@ def test_everybody_else_deals_at_once(case, monkeypatch, devices):
 def test_numbers_that_are_no_words_are_not_swapped(monkeypatch):
     """The sum of two floats less one of them is not the other."""
     between_processes(monkeypatch)
-    assert not swaps.should_gather(jnp.zeros(LARGE, jnp.float32), 2)
-    assert swaps.should_gather(jnp.zeros(LARGE, jnp.uint16), 2)
+    assert not _swaps.should_gather(jnp.zeros(LARGE, jnp.float32), 2)
+    assert _swaps.should_gather(jnp.zeros(LARGE, jnp.uint16), 2)

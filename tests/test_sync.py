@@ -13,8 +13,8 @@ import optax
 import pytest
 
 import signopt
-from signopt import sync
 from signopt import workers
+from signopt.workers import sync
 
 M = 8
 DTYPES = (np.float32, np.float16, ml_dtypes.bfloat16, np.int32, np.int8, np.uint8, bool, np.complex64)

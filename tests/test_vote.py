@@ -146,7 +146,7 @@ def test_leaves_of_one_size_share_their_kernels():
         return jax.tree.map(lambda x, vote: x - 0.1 * vote, params, signopt.wire.unpack(words, params))
 
     def step_from_known_places(params, words):
-        votes = signopt.bits.unpack(words).astype(jnp.float32)
+        votes = signopt._bits.unpack(words).astype(jnp.float32)
         return [x - 0.1 * votes[1000 * i : 1000 * (i + 1)] for i, x in enumerate(params)]
 
     assert len(kernels_of(step, many, words)) <= len(kernels_of(step, few, words)) + 1

@@ -20,14 +20,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 import optax
 
-from signopt import axis
+from signopt import _axis
 from signopt import sign
 from signopt import theory
-from signopt.curvature import hessian_diagonal as hessian_diagonal
-from signopt.margins import VoteStatistics as VoteStatistics
-from signopt.margins import monitor_votes as monitor_votes
-from signopt.margins import vote_statistics as vote_statistics
-from signopt.margins import warn_if_unanimous as warn_if_unanimous
+from signopt.diagnostics.curvature import hessian_diagonal as hessian_diagonal
+from signopt.diagnostics.votes import VoteStatistics as VoteStatistics
+from signopt.diagnostics.votes import monitor_votes as monitor_votes
+from signopt.diagnostics.votes import vote_statistics as vote_statistics
+from signopt.diagnostics.votes import warn_if_unanimous as warn_if_unanimous
 
 MUCH_MORE = 3.0  # what the paper's ">> 1" means here, unless the user says otherwise
 
@@ -137,12 +137,12 @@ def deviation(moments: Moments) -> Any:
     return jax.tree.map(jnp.sqrt, variance(moments))
 
 
-def moments_across(tree: Any, axis_name: axis.AxisName) -> Moments:
+def moments_across(tree: Any, axis_name: _axis.AxisName) -> Moments:
     """The moments of the workers' values of a tree, the same on every worker: each worker is one sample."""
-    num_workers = axis.size(axis_name, "moments_across")
+    num_workers = _axis.size(axis_name, "moments_across")
     wide = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
-    mean = jax.tree.map(lambda x: x / num_workers, axis.total(axis.to_varying(wide, axis_name), axis_name))
-    squares = axis.total(jax.tree.map(lambda x, m: (x - m) ** 2, wide, mean), axis_name)
+    mean = jax.tree.map(lambda x: x / num_workers, _axis.total(_axis.to_varying(wide, axis_name), axis_name))
+    squares = _axis.total(jax.tree.map(lambda x, m: (x - m) ** 2, wide, mean), axis_name)
     return Moments(jnp.int32(num_workers), mean, squares)
 
 
@@ -219,7 +219,7 @@ def share_above(ratios: Any, line: float = theory.CRITICAL_SIGNAL_TO_NOISE) -> F
     return above / max(1, sum(x.size for x in leaves))
 
 
-def sign_error_probability(samples: Any, gradient: Any = None, *, axis_name: axis.AxisName = None) -> Any:
+def sign_error_probability(samples: Any, gradient: Any = None, *, axis_name: _axis.AxisName = None) -> Any:
     r"""How often a sample's sign is not the gradient's, entry by entry.
 
     .. math::

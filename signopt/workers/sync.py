@@ -16,11 +16,11 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, UInt32
 import numpy as np
 
-from signopt import axis
-from signopt.state import owners
+from signopt import _axis
+from signopt.workers.state import owners
 
 
-def assert_in_sync(state: Any, *, axis_name: axis.AxisName = None) -> Bool[Array, ""] | bool:
+def assert_in_sync(state: Any, *, axis_name: _axis.AxisName = None) -> Bool[Array, ""] | bool:
     """Check that shared values are the same on every worker, bit for bit.
 
     Every leaf outside a `PerWorkerState` is hashed to 32 bits where it lies, at about the cost of reading it, and only
@@ -53,9 +53,9 @@ def assert_in_sync(state: Any, *, axis_name: axis.AxisName = None) -> Bool[Array
         (path, x) for (path, x), owner in zip(named, jax.tree.leaves(owners(state)), strict=True) if owner == "shared"
     ]
     if axis_name is not None:
-        axis.size(axis_name, "assert_in_sync")
+        _axis.size(axis_name, "assert_in_sync")
         own = jnp.sum(_mixed(fingerprint([x for _, x in shared])), dtype=jnp.uint32)
-        everybody = axis.gather_scalar(own, axis_name).ravel()
+        everybody = _axis.gather_scalar(own, axis_name).ravel()
         return jnp.all(everybody == everybody[0])
     if any(isinstance(x, Tracer) for _, x in shared):
         raise ValueError(

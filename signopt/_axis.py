@@ -14,7 +14,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from signopt import swaps
+from signopt import _swaps
 
 AxisName = Hashable | tuple[Hashable, ...] | None
 
@@ -76,15 +76,15 @@ def stack_vmapped(x: jax.Array, vmapped: tuple[Hashable, ...]) -> jax.Array:
 
 def deal_rows(rows: jax.Array, devices: tuple[Hashable, ...]) -> jax.Array:
     """Row j of everybody's `rows` to device j, which has them in an order of its own; over device axes only."""
-    if swaps.should_deal(rows):
-        return swaps.all_to_all(rows, devices)
+    if _swaps.should_deal(rows):
+        return _swaps.all_to_all(rows, devices)
     return lax.all_to_all(rows, devices, split_axis=0, concat_axis=0, tiled=True)
 
 
 def join_devices(x: jax.Array, devices: tuple[Hashable, ...]) -> jax.Array:
     """Everybody's `x`, concatenated along the last axis, over device axes only; typed as the same on each."""
-    if swaps.should_gather(x, math.prod(lax.axis_size(name) for name in devices)):
-        return swaps.all_gather(x, devices)
+    if _swaps.should_gather(x, math.prod(lax.axis_size(name) for name in devices)):
+        return _swaps.all_gather(x, devices)
     same = "invarying" if all(map(_is_tracked, devices)) else "varying"
     return lax.all_gather(x, devices, axis=x.ndim - 1, tiled=True, to=same)
 

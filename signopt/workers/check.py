@@ -20,8 +20,8 @@ import jaxlib
 import numpy as np
 import optax
 
-from signopt.state import owners
-from signopt.sync import fingerprint
+from signopt.workers.state import owners
+from signopt.workers.sync import fingerprint
 
 SHOWN = 3  # differences that an error names
 
@@ -59,7 +59,7 @@ def describe(**trees: Any) -> dict[str, str]:
 
     Examples:
       >>> import jax.numpy as jnp
-      >>> from signopt.processes import describe
+      >>> from signopt.workers.check import describe
       >>> [*describe(state={"w": jnp.zeros(3)}).items()][-1]
       ("`state['w']`", 'float32[3]')
     """

@@ -9,9 +9,9 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from signopt.penalty import Prox
-from signopt.penalty import Scalar
-from signopt.penalty import as_prox
+from signopt.prox.penalty import Prox
+from signopt.prox.penalty import Scalar
+from signopt.prox.penalty import as_prox
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,12 +3,12 @@
 from jax import lax
 import jax.numpy as jnp
 
-from signopt import singular_values
-from signopt import total_variation as chains
-from signopt.penalty import Prox
-from signopt.penalty import Scalar
-from signopt.penalty import at_least_zero
-from signopt.penalty import per_leaf
+from signopt.prox import chains
+from signopt.prox import singular_values
+from signopt.prox.penalty import Prox
+from signopt.prox.penalty import Scalar
+from signopt.prox.penalty import at_least_zero
+from signopt.prox.penalty import per_leaf
 
 
 def l2(strength: Scalar) -> Prox:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 import optax
 
-from signopt import axis
+from signopt import _axis
 
 
 class PerWorkerState(NamedTuple):
@@ -28,7 +28,7 @@ class PerWorkerState(NamedTuple):
 
 
 def per_worker(
-    tx: optax.GradientTransformation, num_workers: int, *, axis_name: axis.AxisName = None
+    tx: optax.GradientTransformation, num_workers: int, *, axis_name: _axis.AxisName = None
 ) -> optax.GradientTransformationExtraArgs:
     """Give every worker a state of its own: what belongs left of the vote goes in here.
 
@@ -51,7 +51,7 @@ def per_worker(
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
-      >>> from signopt.state import per_worker
+      >>> from signopt.workers.state import per_worker
       >>> tx = per_worker(optax.trace(0.5), num_workers=2)
       >>> state = tx.init(jnp.zeros(3))
       >>> state.per_worker.trace.shape, state.worker.tolist()
@@ -79,7 +79,7 @@ def per_worker(
     def update_fn(updates, state, params=None, **extra_args):
         if axis_name is not None:
             require_size(num_workers, axis_name, "per_worker")
-        axis.require_varying(updates, tuple(axis.varying(state.worker)), "per_worker")
+        _axis.require_varying(updates, tuple(_axis.varying(state.worker)), "per_worker")
         if state.worker.ndim == 0:
             updates, new_state = tx.update(updates, state.per_worker, params, **extra_args)
             return updates, PerWorkerState(new_state, state.worker)
@@ -97,9 +97,9 @@ def per_worker(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def require_size(num_workers: int, axis_name: axis.AxisName, caller: str) -> None:
+def require_size(num_workers: int, axis_name: _axis.AxisName, caller: str) -> None:
     """Raise a `ValueError` if `axis_name` does not have `num_workers` workers."""
-    size = axis.size(axis_name, caller)
+    size = _axis.size(axis_name, caller)
     if size != num_workers:
         raise ValueError(
             f"`{caller}(num_workers=...)` has to be the size of axis {axis_name!r}, which is {size}, got {num_workers}. "
@@ -130,7 +130,7 @@ def owners(state: Any) -> Any:
     return jax.tree.map_with_path(owner, state)
 
 
-def partition_specs(state: Any, axis_name: axis.AxisName) -> Any:
+def partition_specs(state: Any, axis_name: _axis.AxisName) -> Any:
     """Where each leaf of a state lies on a mesh: the `in_specs` and `out_specs` of `jax.shard_map`.
 
     Args:
@@ -142,7 +142,7 @@ def partition_specs(state: Any, axis_name: axis.AxisName) -> Any:
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
-      >>> from signopt.state import partition_specs, per_worker
+      >>> from signopt.workers.state import partition_specs, per_worker
       >>> tx = optax.chain(per_worker(optax.trace(0.9), 8), optax.scale_by_schedule(lambda step: 1.0))
       >>> momentum, schedule = partition_specs(tx.init(jnp.zeros(3)), "worker")
       >>> momentum.per_worker.trace == jax.P("worker"), schedule.count == jax.P()
@@ -171,7 +171,7 @@ def resize(state: Any, num_workers: int) -> Any:
 
     Examples:
       >>> import jax.numpy as jnp, optax
-      >>> from signopt.state import PerWorkerState, resize
+      >>> from signopt.workers.state import PerWorkerState, resize
       >>> state = PerWorkerState(jnp.array([[1.0], [3.0]]), jnp.arange(2))
       >>> resize(state, 3)
       PerWorkerState(per_worker=Array([[2.],

@@ -3,11 +3,11 @@
 from jax.core import Tracer
 import jax.numpy as jnp
 
-from signopt.penalty import Prox
-from signopt.penalty import Scalar
-from signopt.penalty import at_least_zero
-from signopt.penalty import per_leaf
-from signopt.penalty import positive
+from signopt.prox.penalty import Prox
+from signopt.prox.penalty import Scalar
+from signopt.prox.penalty import at_least_zero
+from signopt.prox.penalty import per_leaf
+from signopt.prox.penalty import positive
 
 
 def zero() -> Prox:

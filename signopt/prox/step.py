@@ -18,14 +18,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from signopt import axis
+from signopt import _axis
 from signopt import sign
-from signopt.penalty import Operator
-from signopt.penalty import Prox
-from signopt.penalty import as_prox
-from signopt.penalty import positive
-from signopt.penalty import widen
-from signopt.sampled import SampledProx
+from signopt.prox.penalty import Operator
+from signopt.prox.penalty import Prox
+from signopt.prox.penalty import as_prox
+from signopt.prox.penalty import positive
+from signopt.prox.penalty import widen
+from signopt.prox.sampling import SampledProx
 
 _SMALLEST_STEP = 1e-30  # what a schedule that ends at zero is taken for
 
@@ -49,7 +49,7 @@ def scale_by_prox_gradient(
     step_size: optax.ScalarOrSchedule | None = None,
     *,
     reach: optax.ScalarOrSchedule | None = None,
-    axis_name: axis.AxisName = None,
+    axis_name: _axis.AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replace a gradient by the prox-gradient mapping, which is zero exactly where loss plus penalty is stationary.
 
@@ -122,7 +122,7 @@ def scale_by_prox_gradient(
             tau = travelled / jnp.where(slopes > 0, slopes, 1)
         tau = jnp.maximum(tau, _SMALLEST_STEP)
         per_tau = 1 / tau
-        drawn = prox.draw(state.count, axis.index(axis_name)) if isinstance(prox, SampledProx) else prox
+        drawn = prox.draw(state.count, _axis.index(axis_name)) if isinstance(prox, SampledProx) else prox
         arrived = jax.tree.map(lambda x, g: widen(x) - tau * g, params, grads)
         landed, removed = drawn(arrived, tau), drawn.residual(arrived, tau)
 

@@ -9,8 +9,8 @@ from jaxtyping import Array, Int, UInt
 import numpy as np
 import optax
 
-from signopt import axis
-from signopt import bits
+from signopt import _axis
+from signopt import _bits
 from signopt import sign
 from signopt import wire as wires
 
@@ -34,7 +34,7 @@ class VoteStatistics(NamedTuple):
     abstentions: jax.Array
 
 
-def vote_statistics(updates: Any, axis_name: axis.AxisName, *, sample: int = 2**16) -> VoteStatistics:
+def vote_statistics(updates: Any, axis_name: _axis.AxisName, *, sample: int = 2**16) -> VoteStatistics:
     """Compare what the workers are about to vote with.
 
     Args:
@@ -59,13 +59,13 @@ def vote_statistics(updates: Any, axis_name: axis.AxisName, *, sample: int = 2**
     """
     if sample < 1:
         raise ValueError(f"`vote_statistics(sample=...)` has to be at least 1, got {sample}.")
-    num_workers = axis.size(axis_name, "vote_statistics")
+    num_workers = _axis.size(axis_name, "vote_statistics")
     sign.require_floating(updates, "vote_statistics")
     used = _used_bits(updates)
     stride = max(1, 8 * len(used) // sample)
     own = wires.pack(updates, sign.is_positive, sign.is_negative)[::stride]
     everybody = _everybody(own, axis_name)
-    plus, minus = (bits.unpack(everybody, plane).astype(jnp.int32) for plane in (0, 1))
+    plus, minus = (_bits.unpack(everybody, plane).astype(jnp.int32) for plane in (0, 1))
     looked_at = max(1, int(used[::stride].sum()))
     total = (plus - minus).sum(0)
     with_majority = (plus * (total > 0) + minus * (total < 0)).sum(1)
@@ -80,7 +80,7 @@ def vote_statistics(updates: Any, axis_name: axis.AxisName, *, sample: int = 2**
     )
 
 
-def monitor_votes(axis_name: axis.AxisName, *, sample: int = 2**16) -> optax.GradientTransformation:
+def monitor_votes(axis_name: _axis.AxisName, *, sample: int = 2**16) -> optax.GradientTransformation:
     """Leave updates as they are, and keep the `vote_statistics` of the last step as state.
 
     It goes directly to the left of a vote::
@@ -125,13 +125,13 @@ def warn_if_unanimous(statistics: VoteStatistics) -> bool:
     return unanimous
 
 
-def _everybody(own: UInt[Array, " n"], axis_name: axis.AxisName) -> UInt[Array, "workers n"]:
-    devices, vmapped = axis.devices_and_vmapped(axis_name)
-    here = axis.stack_vmapped(own, vmapped)
+def _everybody(own: UInt[Array, " n"], axis_name: _axis.AxisName) -> UInt[Array, "workers n"]:
+    devices, vmapped = _axis.devices_and_vmapped(axis_name)
+    here = _axis.stack_vmapped(own, vmapped)
     if not devices:
         return here
     workers_here, num_words = here.shape
-    found = axis.join_devices(axis.to_varying(here, devices), devices)
+    found = _axis.join_devices(_axis.to_varying(here, devices), devices)
     return found.reshape(workers_here, -1, num_words).swapaxes(0, 1).reshape(-1, num_words)
 
 

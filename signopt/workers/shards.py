@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 import optax
 
-from signopt import axis
+from signopt import _axis
 from signopt.vote import MajorityVoteState
 
 
@@ -80,7 +80,7 @@ def on_shards(tx: optax.GradientTransformation, specs: Any) -> optax.GradientTra
             local, in_specs=(specs, whole, whole), out_specs=(specs, whole), axis_names=names, check_vma=False
         )
         return jax.tree.map(
-            lambda x, t: axis.to_varying(x, tuple(axis.varying(t))), mapped(updates, state, present), types
+            lambda x, t: _axis.to_varying(x, tuple(_axis.varying(t))), mapped(updates, state, present), types
         )
 
     return optax.GradientTransformationExtraArgs(tx.init, update_fn)
@@ -94,7 +94,7 @@ def _axes_of(specs):
         raise TypeError(
             f"`on_shards(specs=...)` has to be `jax.sharding.PartitionSpec`, or a tree of them, got {odd[0]!r}."
         )
-    return {name for spec in leaves for entry in spec for name in axis.names(entry)}
+    return {name for spec in leaves for entry in spec for name in _axis.names(entry)}
 
 
 def _check_mesh(names, mesh):
@@ -112,4 +112,4 @@ def _check_mesh(names, mesh):
 
 def _like(tree):
     """Zeros of the same shapes, dtypes and varying axes, without shards."""
-    return jax.tree.map(lambda x: axis.to_varying(jnp.zeros(x.shape, x.dtype), tuple(axis.varying(x))), tree)
+    return jax.tree.map(lambda x: _axis.to_varying(jnp.zeros(x.shape, x.dtype), tuple(_axis.varying(x))), tree)

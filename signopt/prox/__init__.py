@@ -31,26 +31,26 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from signopt.entrywise import binary as binary
-from signopt.entrywise import box as box
-from signopt.entrywise import elastic_net as elastic_net
-from signopt.entrywise import l1 as l1
-from signopt.entrywise import l2_squared as l2_squared
-from signopt.entrywise import mcp as mcp
-from signopt.entrywise import non_negative as non_negative
-from signopt.entrywise import zero as zero
-from signopt.penalty import Operator
-from signopt.penalty import Prox as Prox
-from signopt.penalty import Scalar
-from signopt.penalty import as_prox
-from signopt.penalty import positive
-from signopt.penalty import widen
-from signopt.sampled import SampledProx as SampledProx
-from signopt.sampled import sampled as sampled
-from signopt.structured import group_l1 as group_l1
-from signopt.structured import l2 as l2
-from signopt.structured import nuclear_norm as nuclear_norm
-from signopt.structured import total_variation as total_variation
+from signopt.prox.entrywise import binary as binary
+from signopt.prox.entrywise import box as box
+from signopt.prox.entrywise import elastic_net as elastic_net
+from signopt.prox.entrywise import l1 as l1
+from signopt.prox.entrywise import l2_squared as l2_squared
+from signopt.prox.entrywise import mcp as mcp
+from signopt.prox.entrywise import non_negative as non_negative
+from signopt.prox.entrywise import zero as zero
+from signopt.prox.penalty import Operator
+from signopt.prox.penalty import Prox as Prox
+from signopt.prox.penalty import Scalar
+from signopt.prox.penalty import as_prox
+from signopt.prox.penalty import positive
+from signopt.prox.penalty import widen
+from signopt.prox.sampling import SampledProx as SampledProx
+from signopt.prox.sampling import sampled as sampled
+from signopt.prox.structured import group_l1 as group_l1
+from signopt.prox.structured import l2 as l2
+from signopt.prox.structured import nuclear_norm as nuclear_norm
+from signopt.prox.structured import total_variation as total_variation
 
 
 def masked(prox: Prox | SampledProx | Operator, mask: Any) -> Prox:

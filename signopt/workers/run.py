@@ -16,77 +16,22 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 import optax
 
-from signopt import axis
-from signopt import processes
-from signopt.processes import assert_alike as assert_alike
-from signopt.shards import on_shards as on_shards
-from signopt.state import PerWorkerState as PerWorkerState
-from signopt.state import owners
-from signopt.state import partition_specs as partition_specs
-from signopt.state import per_worker as per_worker
-from signopt.state import resize as resize
-from signopt.sync import assert_in_sync as assert_in_sync
+from signopt import _axis
+from signopt.workers import check as processes
+from signopt.workers.gradient import check_batch
+from signopt.workers.state import owners
+from signopt.workers.state import partition_specs
+from signopt.workers.sync import assert_in_sync
 
 Step = Callable[[Any, Any], tuple[Any, Any]]
-
-
-def value_and_grad(
-    fun: Callable, argnums: int | tuple[int, ...] = 0, *, axis_name: axis.AxisName, has_aux: bool = False
-) -> Callable:
-    """`jax.value_and_grad` whose gradient is this worker's own, whatever runs the workers.
-
-    Under `shard_map(check_vma=True)` plain `jax.grad` of replicated parameters returns the gradient summed over workers.
-
-    Args:
-      fun: A scalar function of this worker's data.
-      argnums: Which arguments to differentiate, as in `jax.value_and_grad`.
-      axis_name: The workers, as in `majority_vote`.
-      has_aux: Whether `fun` returns `(value, aux)`.
-
-    Returns:
-      A function of the same arguments that returns `(value, gradient)`.
-
-    Examples:
-      >>> import jax, jax.numpy as jnp, signopt
-      >>> loss = lambda w, x: w * x
-      >>> grad = signopt.workers.value_and_grad(loss, axis_name="worker")
-      >>> jax.vmap(grad, in_axes=(None, 0), axis_name="worker")(2.0, jnp.array([1.0, 3.0]))[1].tolist()
-      [1.0, 3.0]
-    """
-    value_and_grad_fn = jax.value_and_grad(fun, argnums, has_aux=has_aux)
-    differentiated = {argnums} if isinstance(argnums, int) else set(argnums)
-
-    @functools.wraps(fun)
-    def wrapped(*args, **kwargs):
-        axis.size(axis_name, "value_and_grad")
-        own = [axis.to_varying(x, axis_name) if i in differentiated else x for i, x in enumerate(args)]
-        return value_and_grad_fn(*own, **kwargs)
-
-    return wrapped
-
-
-def split_batch(batch: Any, num_workers: int) -> Any:
-    """Deal a batch out: `(B, ...)` to `(num_workers, B / num_workers, ...)` for every leaf.
-
-    Raises:
-      ValueError: If a leaf has no leading axis, or one that `num_workers` does not divide.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> from signopt.workers import split_batch
-      >>> split_batch(jnp.arange(6), 3).tolist()
-      [[0, 1], [2, 3], [4, 5]]
-    """
-    _check_batch(batch, num_workers, "split_batch")
-    return jax.tree.map(lambda x: x.reshape(num_workers, x.shape[0] // num_workers, *x.shape[1:]), batch)
 
 
 def simulate(
     step: Step,
     num_workers: int | tuple[int, ...],
     *,
-    axis_name: axis.AxisName,
-    state_axis_name: axis.AxisName = None,
+    axis_name: _axis.AxisName,
+    state_axis_name: _axis.AxisName = None,
 ) -> Step:
     """Run a step for all workers on one device.
 
@@ -120,14 +65,14 @@ def simulate(
       >>> round(float(params), 6), losses.tolist()
       (0.1, [0.5, 6.5, 20.5, 42.5])
     """
-    names = axis.names(axis_name)
+    names = _axis.names(axis_name)
     sizes = num_workers if isinstance(num_workers, tuple) else (num_workers,)
     if len(names) != len(sizes) or not all(isinstance(size, int) and size > 0 for size in sizes):
         raise ValueError(
             f"`simulate(num_workers=...)` has to be a positive integer for each name in axis_name={axis_name!r}, got "
             f"{num_workers!r}."
         )
-    of_state = names if state_axis_name is None else axis.names(state_axis_name)
+    of_state = names if state_axis_name is None else _axis.names(state_axis_name)
     if [name for name in names if name in of_state] != list(of_state):
         raise ValueError(
             f"`simulate(state_axis_name=...)` has to be names of axis_name={axis_name!r}, in their order, got "
@@ -142,7 +87,7 @@ def simulate(
         flat, treedef = jax.tree.flatten_with_path(state)
         own = [owner != "shared" for owner in jax.tree.leaves(owners(state))]
         _check_num_workers(state, own_workers, "simulate")
-        _check_batch(batch, workers, "simulate")
+        check_batch(batch, workers, "simulate")
 
         def one_worker(leaves, batch):
             new_state, metrics = step(jax.tree.unflatten(treedef, leaves), batch)
@@ -181,8 +126,8 @@ def on_mesh(
     step: Step,
     mesh: jax.sharding.Mesh,
     *,
-    axis_name: axis.AxisName,
-    state_axis_name: axis.AxisName = None,
+    axis_name: _axis.AxisName,
+    state_axis_name: _axis.AxisName = None,
     check_vma: bool = True,
     donate: bool = False,
 ) -> Step:
@@ -225,8 +170,8 @@ def on_mesh(
       >>> round(float(params), 6), losses.tolist()
       (0.1, [0.5])
     """
-    names = axis.names(axis_name)
-    of_state = names if state_axis_name is None else axis.names(state_axis_name)
+    names = _axis.names(axis_name)
+    of_state = names if state_axis_name is None else _axis.names(state_axis_name)
     for caller, group in (("axis_name", names), ("state_axis_name", of_state)):
         if not group or not set(group) <= set(mesh.axis_names):
             raise ValueError(
@@ -241,7 +186,7 @@ def on_mesh(
         leaves = _leaves_like(jax.tree.structure(state), new_state, "on_mesh")
         for (path, owner), x in zip(jax.tree.leaves_with_path(owners(state)), leaves, strict=True):
             allowed = set() if owner == "shared" else set(of_state)
-            if (axis.varying(x) & set(names)) - allowed:
+            if (_axis.varying(x) & set(names)) - allowed:
                 raise _differs(path, "on_mesh")
         return new_state, jax.tree.map(lambda x: jnp.asarray(x)[None], metrics)
 
@@ -280,7 +225,7 @@ def on_mesh(
             if any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in jax.tree.leaves(state)):
                 assert_in_sync(state)
         _check_num_workers(state, own_workers, "on_mesh")
-        _check_batch(batch, workers, "on_mesh")
+        check_batch(batch, workers, "on_mesh")
         state = jax.tree.map(put, state, partition_specs(state, of_state))
         batch = jax.tree.map(lambda x: put(x, of_batch), batch)
         if first:
@@ -292,7 +237,7 @@ def on_mesh(
     return run
 
 
-def stacked(tx: optax.GradientTransformation, *, axis_name: axis.AxisName) -> optax.GradientTransformationExtraArgs:
+def stacked(tx: optax.GradientTransformation, *, axis_name: _axis.AxisName) -> optax.GradientTransformationExtraArgs:
     """Vote in plain `jax.jit`, over gradients with a leading axis of workers.
 
     Under `jit` with sharded batches there is no worker's gradient, only the mean of all. `jax.vmap` over the batch, split
@@ -322,7 +267,7 @@ def stacked(tx: optax.GradientTransformation, *, axis_name: axis.AxisName) -> op
       [0.5, -0.5]
     """
     tx = optax.with_extra_args_support(tx)
-    names = axis.names(axis_name)
+    names = _axis.names(axis_name)
     if len(names) != 1:
         raise ValueError(f"`stacked(axis_name=...)` has to be one name, got {axis_name!r}.")
 
@@ -365,16 +310,6 @@ def _leaves_like(treedef, new_state, caller):
             f"`{caller}(step)` has to return a state of the structure that it is given, {treedef}, got {new_treedef}."
         )
     return leaves
-
-
-def _check_batch(batch, num_workers, caller):
-    for path, x in jax.tree.leaves_with_path(batch):
-        if jnp.ndim(x) == 0 or x.shape[0] % num_workers:
-            raise ValueError(
-                f"`{caller}(...)` has to be given batches whose leading axis {num_workers} workers can share equally, got "
-                f"shape {jnp.shape(x)} at `batch{jax.tree_util.keystr(path)}`. Drop or pad the last examples, or put what "
-                "is no data into the state."
-            )
 
 
 def _check_num_workers(state, num_workers, caller):
