@@ -192,7 +192,7 @@ def test_the_residual_is_what_the_operator_takes_away(name, step_size, rng):
 # ---- total variation, at length -----------------------------------------------------------------------
 
 
-def chains(n, rng):
+def jumping(n, rng):
     steps = np.repeat(rng.normal(size=n // 50 + 1) * 3, 50)[:n]
     return {
         "noise": rng.normal(size=n),
@@ -210,7 +210,7 @@ def chains(n, rng):
 def test_total_variation_has_a_dual_certificate(n, strength, rng, x64):
     """x is optimal iff the running sum of y - x stays within the strength and reaches it, with its sign, at a jump."""
     solve = jax.jit(chains.denoise)
-    for name, y in chains(n, rng).items():
+    for name, y in jumping(n, rng).items():
         x = np.asarray(solve(jnp.asarray(y, jnp.float64), strength))
         dual = np.cumsum(y - x)
         rounding = n**0.5 * 1e-15 * max(np.abs(np.cumsum(y)).max(), np.abs(y).max(), strength) + 1e-13

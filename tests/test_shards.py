@@ -12,6 +12,7 @@ import optax
 import pytest
 
 import signopt
+from signopt import _swaps
 from signopt import workers
 
 REPLICAS, SHARDS = 2, 4
