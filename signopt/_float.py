@@ -1,0 +1,31 @@
+"""Arithmetic in at least float32, and norms that neither overflow nor vanish on the way."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def wide_dtype(x: Any) -> jnp.dtype:
+    """The dtype of `x`, or float32 where that is narrower."""
+    return jnp.dtype(jnp.promote_types(jnp.result_type(x), jnp.float32))
+
+
+def widen(x: Any) -> jax.Array:
+    """`x` in at least float32."""
+    return jnp.asarray(x).astype(wide_dtype(x))
+
+
+def unit_of(largest: jax.Array) -> jax.Array:
+    """What to divide by before squaring: the largest magnitude, or 1 if that is zero."""
+    return jnp.where(largest > 0, largest, jnp.ones_like(largest))
+
+
+def rms(tree: Any) -> jax.Array:
+    """The root mean square over all entries of a tree, a float32 scalar; 0 for an empty one."""
+    leaves = [widen(x) for x in jax.tree.leaves(tree) if jnp.size(x)]
+    if not leaves:
+        return jnp.zeros([], jnp.float32)
+    unit = unit_of(jnp.max(jnp.stack([jnp.max(jnp.abs(x)).astype(jnp.float32) for x in leaves])))
+    total = sum(jnp.sum((x / unit.astype(x.dtype)) ** 2).astype(jnp.float32) for x in leaves)
+    return unit * jnp.sqrt(total / jnp.float32(sum(x.size for x in leaves)))
