@@ -8,6 +8,7 @@
 """
 
 from signopt import adversary as adversary
+from signopt import border as border
 from signopt import diagnostics as diagnostics
 from signopt import precision as precision
 from signopt import prox as prox
@@ -20,12 +21,13 @@ from signopt.alias import signprox as signprox
 from signopt.alias import signsgd as signsgd
 from signopt.alias import signum as signum
 from signopt.means import mean as mean
+from signopt.means import robust_mean as robust_mean
 from signopt.momentum import scale_by_sign as scale_by_sign
 from signopt.momentum import scale_by_signum as scale_by_signum
 from signopt.prox.step import prox_step as prox_step
 from signopt.prox.step import scale_by_prox_gradient as scale_by_prox_gradient
 from signopt.step_size import adaptive_majority_vote as adaptive_majority_vote
-from signopt.vote import MajorityVoteState as MajorityVoteState
+from signopt.step_size import measured_smoothness as measured_smoothness
 from signopt.vote import majority_vote as majority_vote
 
 __version__ = "0.1.0"

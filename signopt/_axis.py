@@ -14,7 +14,8 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from signopt import _swaps
+from signopt import _compat
+from signopt._compat import varying as varying
 
 AxisName = Hashable | tuple[Hashable, ...] | None
 
@@ -62,43 +63,58 @@ def stack_vmapped(x: jax.Array, vmapped: tuple[Hashable, ...]) -> jax.Array:
     """
     x = x[None]
     for name in reversed(vmapped):  # vmap cannot gather over a tuple
-        # The primitive, because under check_vma all functions of `lax` assert that an axis is one of the mesh.
-        x = lax.all_gather_p.bind(
-            x,
-            all_gather_dimension=0,
-            axis_name=(name,),
-            axis_index_groups=None,
-            axis_size=lax.axis_size(name),
-            tiled=True,
-        )
+        x = _compat.gather_vmapped(x, name)
     return x
 
 
-def deal_rows(rows: jax.Array, devices: tuple[Hashable, ...]) -> jax.Array:
-    """Row j of everybody's `rows` to device j, which has them in an order of its own; over device axes only."""
-    if _swaps.should_deal(rows):
-        return _swaps.all_to_all(rows, devices)
-    return lax.all_to_all(rows, devices, split_axis=0, concat_axis=0, tiled=True)
+def deal(rows: jax.Array, axis_name: AxisName) -> jax.Array:
+    """Row r of everybody's `rows` to the worker r.
+
+    Args:
+      rows: `(workers, k)`: this worker's, a row for each server.
+      axis_name: The workers.
+
+    Returns:
+      `(workers, here, k)`: from each worker, in order, its rows for the servers on this device. One device serves a row
+      for each vmapped worker that it runs.
+    """
+    devices, vmapped = devices_and_vmapped(axis_name)
+    here = stack_vmapped(rows, vmapped)  # (here, workers, k)
+    if not devices:
+        return here
+    num_devices, num_here = _product(devices), _product(vmapped)
+    by_device = _to_devices_first(here, 1, axis_name).reshape(num_here, num_devices, num_here, -1).swapaxes(0, 1)
+    dealt = lax.all_to_all(to_varying(by_device, devices), devices, split_axis=0, concat_axis=0, tiled=True)
+    return _to_order(dealt.reshape(num_devices * num_here, num_here, -1), axis_name)
 
 
-def join_devices(x: jax.Array, devices: tuple[Hashable, ...]) -> jax.Array:
-    """Everybody's `x`, concatenated along the last axis, over device axes only; typed as the same on each."""
-    if _swaps.should_gather(x, math.prod(lax.axis_size(name) for name in devices)):
-        return _swaps.all_gather(x, devices)
+def collect(rows: jax.Array, axis_name: AxisName) -> jax.Array:
+    """The rows of all servers, in order, the same on every worker: `(here, k)` to `(workers, k)`."""
+    devices, _ = devices_and_vmapped(axis_name)
+    if not devices:
+        return rows
     same = "invarying" if all(map(_is_tracked, devices)) else "varying"
-    return lax.all_gather(x, devices, axis=x.ndim - 1, tiled=True, to=same)
+    found = lax.all_gather(to_varying(rows, devices), devices, axis=0, tiled=True, to=same)
+    return _to_order(found, axis_name)
+
+
+def own_row(rows: jax.Array, axis_name: AxisName) -> jax.Array:
+    """This worker's of the rows that its device serves: `(here, k)` to `(k,)`."""
+    _, vmapped = devices_and_vmapped(axis_name)
+    if not vmapped:
+        return rows[0]
+    return lax.dynamic_index_in_dim(rows, lax.axis_index(vmapped), keepdims=False)
+
+
+def gather(x: jax.Array, axis_name: AxisName) -> jax.Array:
+    """Everybody's `(k,)`, in order, as `(workers, k)`: what is computed from it is the same on every worker."""
+    devices, vmapped = devices_and_vmapped(axis_name)
+    return collect(stack_vmapped(to_varying(x, devices), vmapped), axis_name)
 
 
 def gather_scalar(x: jax.Array, axis_name: AxisName) -> jax.Array:
-    """Everybody's scalar, in one order: what is added up from it is the same on every worker, bit for bit."""
-    devices, vmapped = devices_and_vmapped(axis_name)
-    found = stack_vmapped(to_varying(x, devices), vmapped)
-    return join_devices(found, devices) if devices else found
-
-
-def varying(x: Any) -> frozenset:
-    """The device axes along which the type of `x` says that it varies."""
-    return jax.typeof(x).manual_axis_type.varying
+    """Everybody's scalar, in order, as `(workers,)`."""
+    return gather(x[None], axis_name)[:, 0]
 
 
 def to_varying(tree: Any, axis_name: AxisName) -> Any:
@@ -147,3 +163,29 @@ def _bound_size(name, caller):
             f"`signopt.workers.simulate` or `on_mesh`, `jax.vmap(..., axis_name={name!r})`, `jax.pmap` or "
             "`jax.shard_map`, or pass `axis_name=None` for one worker."
         ) from None
+
+
+def _product(names):
+    return math.prod(lax.axis_size(name) for name in names)
+
+
+def _to_devices_first(x, axis, axis_name):
+    """Reorder an axis of workers so that those of one device come one after another."""
+    devices, vmapped = devices_and_vmapped(axis_name)
+    return _permuted(x, axis, names(axis_name), (*devices, *vmapped))
+
+
+def _to_order(x, axis_name):
+    """Reorder a leading axis of workers from devices first to the order of `axis_name`."""
+    devices, vmapped = devices_and_vmapped(axis_name)
+    return _permuted(x, 0, (*devices, *vmapped), names(axis_name))
+
+
+def _permuted(x, axis, order, wanted):
+    if order == wanted:
+        return x
+    sizes = tuple(lax.axis_size(name) for name in order)
+    apart = x.reshape(*x.shape[:axis], *sizes, *x.shape[axis + 1 :])
+    places = [axis + order.index(name) for name in wanted]
+    after = range(axis + len(order), apart.ndim)
+    return apart.transpose(*range(axis), *places, *after).reshape(x.shape)

@@ -1,9 +1,14 @@
 """Arithmetic in at least float32, and norms that neither overflow nor vanish on the way."""
 
+import functools
+import operator
 from typing import Any
 
 import jax
+from jax import lax
 import jax.numpy as jnp
+
+UNROLLED = 64  # terms of a sum in a straight line
 
 
 def wide_dtype(x: Any) -> jnp.dtype:
@@ -29,3 +34,15 @@ def rms(tree: Any) -> jax.Array:
     unit = unit_of(jnp.max(jnp.stack([jnp.max(jnp.abs(x)).astype(jnp.float32) for x in leaves])))
     total = sum(jnp.sum((x / unit.astype(x.dtype)) ** 2).astype(jnp.float32) for x in leaves)
     return unit * jnp.sqrt(total / jnp.float32(sum(x.size for x in leaves)))
+
+
+def shape(x: Any) -> tuple[int, ...]:
+    """The shape of an array, of a number, or of what only stands for an array."""
+    return tuple(x.shape) if hasattr(x, "shape") else jnp.shape(x)
+
+
+def sum_in_order(x: jax.Array) -> jax.Array:
+    """The sum along the first axis, from the first entry to the last: the same bits wherever it is compiled."""
+    if len(x) <= UNROLLED:
+        return functools.reduce(operator.add, list(x))
+    return lax.fori_loop(1, len(x), lambda i, total: total + lax.dynamic_index_in_dim(x, i, keepdims=False), x[0])

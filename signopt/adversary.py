@@ -149,7 +149,9 @@ def colluding() -> Adversary:
     """
 
     def send(updates, situation):
-        sums = vote.sum_of_votes(updates, situation.axis_name, None)
+        num_workers = _axis.size(situation.axis_name, "colluding")
+        votes = jax.tree.map(lambda x: sign.vote(x).astype(vote.ballot_dtype(num_workers)), updates)
+        sums = _axis.total(votes, situation.axis_name)
         return jax.tree.map(lambda s, x: -jnp.sign(s).astype(x.dtype), sums, updates)
 
     return send

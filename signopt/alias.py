@@ -18,9 +18,9 @@ from signopt.prox.sampling import SampledProx
 from signopt.prox.step import scale_by_prox_gradient
 from signopt.step_size import Estimator
 from signopt.step_size import Smoothness
-from signopt.step_size import adaptive_majority_vote
+from signopt.step_size import at_found_rate
+from signopt.vote import Wire
 from signopt.vote import majority_vote
-from signopt.wire import Wire
 from signopt.workers import state
 
 
@@ -283,14 +283,12 @@ def mh_signsgd(
     axis_name: _axis.AxisName,
     num_workers: int | None = None,
     beta: float | jax.Array = 0.95,
-    smoothness: Smoothness = "dimension",
+    smoothness: Smoothness = None,
     estimator: Estimator = "margin",
-    wire: Wire = "one_bit",
+    wire: Wire = "two_bit",
     weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Any = None,
     accumulator_dtype: Any = None,
-    refresh_every: int = 100,
-    key: jax.Array | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adaptive MH-signSGD: a vote over momenta that finds its own learning rate. There is none to tune.
 
@@ -314,11 +312,9 @@ def mh_signsgd(
       weight_decay: :math:`\lambda`, decoupled: it acts after the vote, and shrinks with the learning rate.
       mask: Which leaves decay, as in `optax.add_decayed_weights`.
       accumulator_dtype: Dtype of the momentum; that of the parameters if None.
-      refresh_every: With `smoothness="curvature"`, the number of steps between two measurements.
-      key: With `smoothness="curvature"`, the random key of the measurements.
 
     Returns:
-      An optimizer. `update` takes `present=`, and with `smoothness="curvature"` needs `value_fn=`. The learning rate of the
+      An optimizer. `update` takes `present=`, and with `smoothness=signopt.measured_smoothness(key)` needs `value_fn=`. The learning rate of the
       last step is `optax.tree.get(state, "learning_rate")`.
 
     Raises:
@@ -343,15 +339,8 @@ def mh_signsgd(
     """
     check_beta(beta, "mh_signsgd")
     momentum = finite_only(optax.ema(beta, accumulator_dtype=accumulator_dtype), caller="mh_signsgd")
-    vote_at_a_rate = adaptive_majority_vote(
-        axis_name,
-        smoothness=smoothness,
-        estimator=estimator,
-        wire=wire,
-        scaled=None if _is_zero(weight_decay) else optax.add_decayed_weights(weight_decay, mask),
-        refresh_every=refresh_every,
-        key=key,
-    )
+    decay = None if _is_zero(weight_decay) else optax.add_decayed_weights(weight_decay, mask)
+    vote_at_a_rate = at_found_rate("mh_signsgd", axis_name, smoothness, estimator, wire, decay)
     return optax.chain(
         _on_each_worker(momentum, axis_name, num_workers),
         vote_at_a_rate,

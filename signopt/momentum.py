@@ -7,8 +7,8 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
+from signopt import _flat
 from signopt import sign
-from signopt import wire
 
 
 def scale_by_sign(*, threshold: float | jax.Array = 0.0) -> optax.GradientTransformation:
@@ -175,7 +175,7 @@ def finite_only(
 
     def update_fn(updates, state, params=None, **extra_args):
         sign.require_floating(updates, caller)
-        good = jnp.array([_all_finite(flat) for flat in wire.joined(updates)], bool)
+        good = jnp.array([_all_finite(flat) for flat in _flat.joined(updates)], bool)
         total = jnp.where(jnp.all(good), state.total_notfinite, optax.safe_increment(state.total_notfinite))
         updates = jax.tree.map(lambda x: _if_finite(x, lax.full_like(x, 0)), updates)
         updates, new_inner = inner.update(updates, state.inner_state, params, **extra_args)

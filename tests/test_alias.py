@@ -109,7 +109,7 @@ def test_with_an_axis_it_is_the_papers(name, wire):
     updates, state = simulate(make(axis_name="w", wire=wire, num_workers=M), stacked)
     expected = jax.tree.map(lambda v: -v, expected_updates(wire, local, stacked))
     jax.tree.map(lambda u, e: np.testing.assert_array_equal(np.asarray(u, np.float64), e), updates, expected)
-    assert optax.tree.get(state, "MajorityVoteState").count == 5
+    assert optax.tree.get(state, "BorderState").count == 5
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

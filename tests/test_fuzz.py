@@ -32,7 +32,7 @@ def run(tree, num_workers, wire):
 
         def vote(rows, quorum, present, step):
             tx = signopt.majority_vote("w", wire=wire, quorum=quorum)
-            update = lambda row, here: tx.update(row, signopt.MajorityVoteState(step), present=here)[0]
+            update = lambda row, here: tx.update(row, signopt.border.BorderState(step), present=here)[0]
             return jax.vmap(update, out_axes=None, axis_name="w")(rows, present)
 
         COMPILED[key] = jax.jit(vote)

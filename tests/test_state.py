@@ -188,7 +188,7 @@ def test_resize_leaves_shared_state_alone():
     _, state = trained_state()
     resized = resize((PARAMS, state), 7)
     chex.assert_trees_all_equal(resized[0], PARAMS)
-    vote = lambda s: optax.tree.get(s, "MajorityVoteState")
+    vote = lambda s: optax.tree.get(s, "BorderState")
     chex.assert_trees_all_equal(vote(resized), vote(state))
     assert vote(resized).count == 3
 
@@ -209,7 +209,7 @@ def test_training_goes_on_with_another_number_of_workers():
 
     run = signopt.workers.simulate(step, 2, axis_name="w")
     (_, opt_state), _ = run((PARAMS, resized), stacked_gradients(2))
-    assert optax.tree.get(opt_state, "MajorityVoteState").count == 4
+    assert optax.tree.get(opt_state, "BorderState").count == 4
     chex.assert_trees_all_equal_shapes_and_dtypes(opt_state, resized)
 
 

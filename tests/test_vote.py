@@ -17,6 +17,7 @@ import pytest
 
 import reference
 import signopt
+from signopt import _flat
 
 AXIS = "workers"
 WIRES = ("one_bit", "two_bit", "psum")
@@ -51,7 +52,7 @@ def random_tree(rng, num_workers, dtypes):
 
 def update_at(transform, step, updates, present=None):
     """One vote at a given step, seen by one worker."""
-    state = signopt.MajorityVoteState(count=step)
+    state = signopt.border.BorderState(count=step)
     return transform.update(updates, state, None, present=present)
 
 
@@ -143,7 +144,7 @@ def test_leaves_of_one_size_share_their_kernels():
     few, many = ([jax.ShapeDtypeStruct((1000,), jnp.float32)] * n for n in (15, 30))
 
     def step(params, words):
-        return jax.tree.map(lambda x, vote: x - 0.1 * vote, params, signopt.wire.unpack(words, params))
+        return jax.tree.map(lambda x, vote: x - 0.1 * vote, params, _flat.unpack(words, params))
 
     def step_from_known_places(params, words):
         votes = signopt._bits.unpack(words).astype(jnp.float32)
@@ -285,7 +286,7 @@ def test_gradients_in_different_units_do_not_weigh_more(rng):
 def test_the_state_counts_steps_and_never_changes_its_structure(wire):
     transform = signopt.majority_vote(AXIS, wire=wire)
     state = transform.init({"w": jnp.zeros(3)})
-    assert isinstance(state, signopt.MajorityVoteState)
+    assert isinstance(state, signopt.border.BorderState)
     assert state.count.dtype == jnp.int32 and state.count == 0
     vmapped = jax.vmap(lambda g: transform.update(g, state)[1], out_axes=None, axis_name=AXIS)
     after = vmapped({"w": jnp.ones((2, 3))})

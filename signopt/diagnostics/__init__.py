@@ -25,7 +25,6 @@ from signopt import sign
 from signopt import theory
 from signopt.diagnostics.curvature import hessian_diagonal as hessian_diagonal
 from signopt.diagnostics.votes import VoteStatistics as VoteStatistics
-from signopt.diagnostics.votes import monitor_votes as monitor_votes
 from signopt.diagnostics.votes import vote_statistics as vote_statistics
 from signopt.diagnostics.votes import warn_if_unanimous as warn_if_unanimous
 

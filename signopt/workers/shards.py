@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 import optax
 
 from signopt import _axis
-from signopt.vote import MajorityVoteState
+from signopt import border as borders
 
 
 def on_shards(tx: optax.GradientTransformation, specs: Any) -> optax.GradientTransformationExtraArgs:
@@ -22,7 +22,7 @@ def on_shards(tx: optax.GradientTransformation, specs: Any) -> optax.GradientTra
     are left to the compiler: `on_mesh(step, mesh, axis_name="replica")`, `jax.shard_map(..., axis_names={"replica"})`.
 
     Args:
-      tx: `majority_vote` or `mean`, over the axis of the replicas.
+      tx: A border such as `majority_vote` or `mean`, over the axis of the replicas, without memory at the servers.
       specs: How parameters, and so updates, are sharded: `jax.sharding.PartitionSpec` of inner axes, one for all leaves
         or a tree of them as for `jax.shard_map`.
 
@@ -32,7 +32,7 @@ def on_shards(tx: optax.GradientTransformation, specs: Any) -> optax.GradientTra
       `simulate`, nothing is sharded, and it is `tx`.
 
     Raises:
-      TypeError: If `tx` has a state of its own beyond that of `majority_vote`, or `specs` holds something else.
+      TypeError: If `tx` is no border, or `specs` holds something else.
       ValueError: In `update`, if the mesh does not have these axes, or a `jax.shard_map` already runs over them.
 
     Examples:
@@ -54,10 +54,16 @@ def on_shards(tx: optax.GradientTransformation, specs: Any) -> optax.GradientTra
       ([-0.5, 0.0, 0.5, -0.5], [0.5])
     """
     state = jax.eval_shape(tx.init, jnp.zeros(()))
-    if not isinstance(state, MajorityVoteState | optax.EmptyState):
+    if not isinstance(state, borders.BorderState):
         raise TypeError(
-            f"`on_shards(tx=...)` has to be `majority_vote` or `mean`, got one with a state of {type(state).__name__}. Leave "
-            "what is left and right of the border beside it in `optax.chain`: the compiler shards that by itself."
+            f"`on_shards(tx=...)` has to be a border, such as `majority_vote` or `mean`, got one with a state of "
+            f"{type(state).__name__}. Leave what is left and right of the border beside it in `optax.chain`: the compiler "
+            "shards that by itself."
+        )
+    if jax.tree.leaves(optax.tree.get(state, "server", ())):
+        raise ValueError(
+            "`on_shards(tx=...)` has to be a border without memory at the servers, whose rows are cut from whole parameters, "
+            'got one with. Pass `memory="workers"` and no `server` to it.'
         )
     names = _axes_of(specs)
     tx = optax.with_extra_args_support(tx)
@@ -76,8 +82,9 @@ def on_shards(tx: optax.GradientTransformation, specs: Any) -> optax.GradientTra
         # one that has. So they are left out inside, and taken from the same update as it would be without shards.
         types = jax.eval_shape(lambda: tx.update(_like(updates), state, present=present))
         whole = PartitionSpec()
+        own = _state_specs(state, specs)
         mapped = jax.shard_map(
-            local, in_specs=(specs, whole, whole), out_specs=(specs, whole), axis_names=names, check_vma=False
+            local, in_specs=(specs, own, whole), out_specs=(specs, own), axis_names=names, check_vma=False
         )
         return jax.tree.map(
             lambda x, t: _axis.to_varying(x, tuple(_axis.varying(t))), mapped(updates, state, present), types
@@ -95,6 +102,21 @@ def _axes_of(specs):
             f"`on_shards(specs=...)` has to be `jax.sharding.PartitionSpec`, or a tree of them, got {odd[0]!r}."
         )
     return {name for spec in leaves for entry in spec for name in _axis.names(entry)}
+
+
+def _state_specs(state, specs):
+    """How the state of a border is sharded: what a worker remembers lies as the parameters do, behind its worker axis."""
+    whole = PartitionSpec()
+    if not jax.tree.leaves(state.own):
+        return whole
+    behind = jax.tree.map(lambda spec: PartitionSpec(None, *spec), specs)
+    own = state.own.per_worker
+
+    def like(tree):
+        return behind if jax.tree.leaves(tree) else whole
+
+    sharded = borders.Own(borders.Memory(like(own.memory.worker), whole), like(own.held), whole)
+    return borders.BorderState(whole, whole, state.own._replace(per_worker=sharded, worker=whole))
 
 
 def _check_mesh(names, mesh):

@@ -1,0 +1,35 @@
+"""What this library takes from JAX's inside, in one place.
+
+None of this is promised by JAX. `tests/test_compat.py` fails when it changes.
+"""
+
+from collections.abc import Hashable
+from typing import Any
+
+import jax
+from jax import lax
+
+
+def gather_vmapped(x: jax.Array, name: Hashable) -> jax.Array:
+    """Everybody's `x`, joined along its first axis, over one vmapped axis. The result is unbatched.
+
+    The primitive, because under `check_vma` the functions of `lax` assert that an axis is one of the mesh.
+    """
+    return lax.all_gather_p.bind(
+        x,
+        all_gather_dimension=0,
+        axis_name=(name,),
+        axis_index_groups=None,
+        axis_size=lax.axis_size(name),
+        tiled=True,
+    )
+
+
+def varying(x: Any) -> frozenset:
+    """The device axes along which the type of `x` says that it varies."""
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def says_that_workers_differ(error: ValueError) -> bool:
+    """Whether `jax.vmap` refused to return a value once for all workers because they have different ones."""
+    return "out_axes is None" in str(error)
