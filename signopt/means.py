@@ -4,6 +4,7 @@ import jax
 import optax
 
 from signopt import _axis
+from signopt import _shards
 
 
 def mean(axis_name: _axis.AxisName) -> optax.GradientTransformation:
@@ -41,4 +42,4 @@ def mean(axis_name: _axis.AxisName) -> optax.GradientTransformation:
         _axis.require_varying(updates, axis_name, "mean")
         return jax.tree.map(lambda x: x / num_workers, _axis.total(updates, axis_name)), state
 
-    return optax.GradientTransformation(init_fn, update_fn)
+    return optax.GradientTransformation(init_fn, _shards.cut(update_fn))

@@ -19,6 +19,7 @@ import optax
 
 from signopt import _axis
 from signopt import _bits
+from signopt import _shards
 from signopt import sign
 from signopt import wire as wires
 
@@ -102,7 +103,7 @@ def majority_vote(
             decisions = wires.unpack(packed_vote(updates, axis_name, wire, margin, state.count, present), updates)
         return decisions, MajorityVoteState(state.count + 1)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(init_fn, _shards.cut(update_fn))
 
 
 def _margin(quorum: float | jax.Array, num_workers: int) -> Int[Array, ""]:
