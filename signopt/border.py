@@ -46,6 +46,7 @@ from signopt import _axis
 from signopt import _check
 from signopt import _flat
 from signopt import _float
+from signopt import _shards
 from signopt import sign
 from signopt.workers import state as states
 
@@ -264,7 +265,7 @@ def exchange(
         report = () if report_like is None else seen
         return updates, BorderState(optax.safe_increment(state.count), report, own if remembers else ())
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(init_fn, _shards.cut(update_fn, caller))
 
 
 def run(border: Border, updates: Any, memory: Memory, context: Context) -> tuple[Any, Memory, Any]:

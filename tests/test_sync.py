@@ -14,7 +14,8 @@ import pytest
 
 import signopt
 from signopt import workers
-from signopt.workers import sync
+from signopt.workers import _fingerprint
+from signopt.workers import check
 
 M = 8
 DTYPES = (np.float32, np.float16, ml_dtypes.bfloat16, np.int32, np.int8, np.uint8, bool, np.complex64)
@@ -49,7 +50,7 @@ def test_every_single_bit_counts(dtype):
             other = x.copy()
             other.reshape(-1).view(np.uint8)[byte] ^= 1 << bit
             variants.append(other)
-    found = np.asarray(jax.jit(lambda xs: jnp.stack([sync.fingerprint(x)[0] for x in xs]))(variants))
+    found = np.asarray(jax.jit(lambda xs: jnp.stack([_fingerprint.fingerprint(x)[0] for x in xs]))(variants))
     assert len(set(found.tolist())) == len(variants)
 
 
@@ -61,7 +62,7 @@ def test_the_fingerprint_is_the_one_in_its_docstring():
         h = (h ^ h >> 13) * 0xC2B2AE35 % 2**32
         return h ^ h >> 16
 
-    for leaf, found in enumerate(sync.fingerprint([x, x]).tolist()):
+    for leaf, found in enumerate(_fingerprint.fingerprint([x, x]).tolist()):
         keys = [(i * 0x9E3779B9 + (leaf + 1) * 0x85EBCA6B) % 2**32 for i in range(3)]
         words = x.view(np.uint32).tolist()
         assert found == sum(finalizer(w ^ k) for w, k in zip(words, keys, strict=True)) % 2**32
@@ -72,10 +73,10 @@ def test_changes_that_cancel_in_a_plain_sum_of_bits_are_seen(rng):
     two_signs = np.where(np.arange(1000) < 2, -x, x)
     zeros = [np.zeros(4, np.float32), np.array([0, -0.0, 0, 0], np.float32), np.array([-0.0, 0, 0, 0], np.float32)]
     for group in ([x, -x, two_signs, np.roll(x, 1), x[::-1]], zeros):
-        found = [int(sync.fingerprint(v)[0]) for v in group]
+        found = [int(_fingerprint.fingerprint(v)[0]) for v in group]
         assert len(set(found)) == len(group)
-    assert sync.fingerprint([]).shape == (0,)
-    keys = sync.fingerprint([jax.random.key(0), jax.random.key(1), np.zeros((0, 3))])
+    assert _fingerprint.fingerprint([]).shape == (0,)
+    keys = _fingerprint.fingerprint([jax.random.key(0), jax.random.key(1), np.zeros((0, 3))])
     assert keys[0] != keys[1]
 
 
@@ -178,11 +179,11 @@ def test_copies_of_a_shard_are_compared_with_each_other_only(devices):
 
 
 def test_a_check_compiles_once(mesh):
-    sync._hash_where_it_lies.cache_clear()
+    check._hash_where_it_lies.cache_clear()
     state = jax.device_put([jnp.ones(3), jnp.ones(4)], NamedSharding(mesh, P()))
     for _ in range(3):
         workers.assert_in_sync(state)
-    assert sync._hash_where_it_lies.cache_info().misses == 1
+    assert check._hash_where_it_lies.cache_info().misses == 1
 
 
 def test_workers_send_four_bytes_each(mesh):

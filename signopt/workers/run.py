@@ -12,16 +12,16 @@ from typing import Any
 import jax
 from jax.core import Tracer
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
-import optax
 
 from signopt import _axis
-from signopt.workers import check as processes
+from signopt import _compat
+from signopt.workers import _layout
+from signopt.workers import check
 from signopt.workers.gradient import check_batch
+from signopt.workers.shared import settled
 from signopt.workers.state import owners
 from signopt.workers.state import partition_specs
-from signopt.workers.sync import assert_in_sync
 
 Step = Callable[[Any, Any], tuple[Any, Any]]
 
@@ -86,19 +86,18 @@ def simulate(
     def run(state, batch):
         flat, treedef = jax.tree.flatten_with_path(state)
         own = [owner != "shared" for owner in jax.tree.leaves(owners(state))]
-        _check_num_workers(state, own_workers, "simulate")
+        check_num_workers(state, own_workers, "simulate")
         check_batch(batch, workers, "simulate")
 
         def one_worker(leaves, batch):
-            new_state, metrics = step(jax.tree.unflatten(treedef, leaves), batch)
-            return _leaves_like(treedef, new_state, "simulate"), metrics
+            return _leaves_and_metrics(step(jax.tree.unflatten(treedef, leaves), batch), treedef, "simulate")
 
         def all_workers(may_differ):
             mapped = one_worker
-            for name in reversed(names):
+            for name, size in zip(reversed(names), reversed(sizes), strict=True):
                 in_axes = [0 if mine and name in of_state else None for mine in own]
                 out_axes = [0 if may else a for a, may in zip(in_axes, may_differ, strict=True)]
-                mapped = jax.vmap(mapped, in_axes=(in_axes, 0), out_axes=(out_axes, 0), axis_name=name)
+                mapped = jax.vmap(mapped, in_axes=(in_axes, 0), out_axes=(out_axes, 0), axis_name=name, axis_size=size)
             return mapped
 
         leaves = [_unfold(x, own_sizes) if mine else x for (_, x), mine in zip(flat, own, strict=True)]
@@ -107,7 +106,7 @@ def simulate(
         try:
             leaves, metrics = all_workers(nobody)(leaves, batch)
         except ValueError as error:
-            if "out_axes is None" not in str(error):
+            if not _compat.says_that_workers_differ(error):
                 raise
             for i, (path, _) in enumerate(flat):  # JAX does not say which one differs: try them one by one
                 try:
@@ -181,118 +180,71 @@ def on_mesh(
     own_workers = math.prod(mesh.shape[name] for name in of_state)
     of_batch = PartitionSpec(names)
 
-    def body(state, batch):
-        new_state, metrics = step(state, batch)
-        leaves = _leaves_like(jax.tree.structure(state), new_state, "on_mesh")
-        for (path, owner), x in zip(jax.tree.leaves_with_path(owners(state)), leaves, strict=True):
-            allowed = set() if owner == "shared" else set(of_state)
-            if (_axis.varying(x) & set(names)) - allowed:
-                raise _differs(path, "on_mesh")
-        return new_state, jax.tree.map(lambda x: jnp.asarray(x)[None], metrics)
-
-    def all_workers(state, batch):
+    def all_workers(state, batch):  # what it checks and looks up is done once for each structure, shape and dtype
+        check_num_workers(state, own_workers, "on_mesh")
+        check_batch(batch, workers, "on_mesh")
+        named, treedef = jax.tree.flatten_with_path(owners(state))
+        paths = [path for path, _ in named]
+        refused = [set(names) - (set() if owner == "shared" else set(of_state)) for _, owner in named]
         specs = partition_specs(state, of_state)
-        mapped = jax.shard_map(
-            body,
-            mesh=mesh,
-            in_specs=(specs, of_batch),
-            out_specs=(specs, of_batch),
-            axis_names=set(names),
-            check_vma=check_vma,
-        )
-        return mapped(state, batch)
+        state = jax.tree.map(lambda x, spec: _layout.split_over(x, mesh, names, spec), state, specs)
+        batch = jax.tree.map(lambda x: _layout.split_over(x, mesh, names, of_batch), batch)
+
+        def differ(leaves):
+            return [bool(_axis.varying(x) & axes) for x, axes in zip(leaves, refused, strict=False)]
+
+        def run(step):
+            def body(state, batch):
+                leaves, metrics = _leaves_and_metrics(step(state, batch), treedef, "on_mesh")
+                if any(differ(leaves)):
+                    raise _DiffersError(paths[differ(leaves).index(True)])
+                return jax.tree.unflatten(treedef, leaves), jax.tree.map(lambda x: jnp.asarray(x)[None], metrics)
+
+            sides = (specs, of_batch)
+            return jax.shard_map(
+                body, mesh=mesh, in_specs=sides, out_specs=sides, axis_names=set(names), check_vma=check_vma
+            )(state, batch)
+
+        try:
+            return run(step)
+        except _DiffersError:
+            pass
+        try:
+            return run(settled(step, differ))
+        except _DiffersError as error:
+            raise _differs(error.path, "on_mesh") from None
 
     compiled = jax.jit(all_workers, donate_argnums=(0,) if donate else ())
-
-    explicit = jax.sharding.AxisType.Explicit in mesh.axis_types
-
-    def put(x, spec):
-        if isinstance(x, Tracer):  # inside jit the compiler lays out what types do not
-            return jax.device_put(x, NamedSharding(mesh, spec)) if explicit else x
-        at = getattr(x, "sharding", None)
-        on_it = isinstance(at, NamedSharding) and at.mesh == mesh
-        return x if on_it else processes.put(x, NamedSharding(mesh, spec))
-
     compared = len({device.process_index for device in mesh.devices.flat}) == 1
 
     @functools.wraps(step)
     def run(state, batch):
         nonlocal compared
-        first = not (compared or any(isinstance(x, Tracer) for x in jax.tree.leaves((state, batch))))
-        if first:  # before anything that may fail on one process only
-            about = processes.describe(state=state, batch=batch) | processes.values(state=state)
-            processes.compare(about, mesh, "on_mesh")
-            if any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in jax.tree.leaves(state)):
-                assert_in_sync(state)
-        _check_num_workers(state, own_workers, "on_mesh")
-        check_batch(batch, workers, "on_mesh")
-        state = jax.tree.map(put, state, partition_specs(state, of_state))
-        batch = jax.tree.map(lambda x: put(x, of_batch), batch)
-        if first:
-            program = processes.digest(compiled.lower(state, batch).as_text())
-            processes.compare({"the compiled step (its code, wire and constants)": program}, mesh, "on_mesh")
+        of_state_now, of_batch_now = jax.tree.leaves(state), jax.tree.leaves(batch)
+        if any(isinstance(x, Tracer) for x in (*of_state_now, *of_batch_now)):
+            return compiled(state, batch)
+        if not compared:  # before anything that may fail on one process only
+            check.compare_arguments(mesh, "on_mesh", state=state, batch=batch)
+        if not _layout.lie_on(of_state_now, mesh):
+            check_num_workers(state, own_workers, "on_mesh")
+            state = _layout.place(state, mesh, partition_specs(state, of_state))
+        if not _layout.lie_on(of_batch_now, mesh):
+            check_batch(batch, workers, "on_mesh")
+            batch = _layout.place(batch, mesh, of_batch)
+        if not compared:
+            check.compare_program(mesh, "on_mesh", compiled.lower(state, batch).as_text())
             compared = True
         return compiled(state, batch)
 
     return run
 
 
-def stacked(tx: optax.GradientTransformation, *, axis_name: _axis.AxisName) -> optax.GradientTransformationExtraArgs:
-    """Vote in plain `jax.jit`, over gradients with a leading axis of workers.
+class _DiffersError(Exception):
+    """Shared state is typed as different on each worker."""
 
-    Under `jit` with sharded batches there is no worker's gradient, only the mean of all. `jax.vmap` over the batch, split
-    by `split_batch` and sharded along its leading axis, has one; with `wire="psum"` in `tx` the compiler turns the sum of
-    votes over that axis into an all-reduce of 8-bit integers (up to 127 workers), and parameters keep the shards of other
-    axes of the mesh. The packed wires give the same numbers, but leave it to the compiler what travels.
-
-    Args:
-      tx: A chain that votes over `axis_name`, such as `signum(..., axis_name="worker", num_workers=8, wire="psum")`.
-      axis_name: The name that `tx` knows the workers by; not that of an axis of a mesh.
-
-    Returns:
-      A transformation whose `update` takes updates, and what lies inside a `PerWorkerState`, with a leading axis of
-      workers, and returns updates without it.
-
-    Raises:
-      ValueError: In `update`, if shared state would differ between workers: momentum needs `num_workers`.
-
-    Examples:
-      >>> import jax, jax.numpy as jnp, signopt
-      >>> tx = signopt.workers.stacked(signopt.signsgd(0.5, axis_name="worker", wire="psum"), axis_name="worker")
-      >>> params = jnp.zeros(2)
-      >>> loss = lambda params, batch: jnp.mean((params - batch) ** 2)
-      >>> batches = signopt.workers.split_batch(jnp.array([[3.0, -1.0], [-1.0, -1.0], [2.0, 4.0]]), 3)
-      >>> losses, grads = jax.vmap(jax.value_and_grad(loss), (None, 0))(params, batches)
-      >>> tx.update(grads, tx.init(params), params)[0].tolist()
-      [0.5, -0.5]
-    """
-    tx = optax.with_extra_args_support(tx)
-    names = _axis.names(axis_name)
-    if len(names) != 1:
-        raise ValueError(f"`stacked(axis_name=...)` has to be one name, got {axis_name!r}.")
-
-    def update_fn(updates, state, params=None, **extra_args):
-        leaves, treedef = jax.tree.flatten(state)
-        axes = [None if owner == "shared" else 0 for owner in jax.tree.leaves(owners(state))]
-
-        def one_worker(updates, leaves):
-            updates, new_state = tx.update(updates, jax.tree.unflatten(treedef, leaves), params, **extra_args)
-            return updates, _leaves_like(treedef, new_state, "stacked")
-
-        vote = jax.vmap(one_worker, (0, axes), (None, axes), axis_name=names[0])
-        try:
-            updates, leaves = vote(updates, leaves)
-        except ValueError as error:
-            if "out_axes is None" not in str(error):
-                raise
-            raise ValueError(
-                "`stacked(tx)` has to be given a chain that votes or averages over axis_name="
-                f"{axis_name!r}, with per-worker state left of that, got one whose updates or shared state differ between "
-                "workers. Make it with `num_workers=...`, or use `signopt.workers.per_worker` in a chain of your own."
-            ) from error
-        return updates, jax.tree.unflatten(treedef, leaves)
-
-    return optax.GradientTransformationExtraArgs(tx.init, update_fn)
+    def __init__(self, path):
+        super().__init__(path)
+        self.path = path
 
 
 def _unfold(x, sizes):
@@ -303,18 +255,27 @@ def _fold(x, num_axes):
     return x.reshape(math.prod(x.shape[:num_axes]), *x.shape[num_axes:])
 
 
-def _leaves_like(treedef, new_state, caller):
+def _leaves_and_metrics(found, treedef, caller):
+    """The leaves of the new state, and the metrics, of what a step returned."""
+    if not isinstance(found, tuple) or len(found) != 2 or jax.tree.structure(found) == treedef:
+        what = "its state alone" if jax.tree.structure(found) == treedef else repr(type(found).__name__)
+        raise ValueError(
+            f"`{caller}(step)` has to return `(state, metrics)`, got {what}. Return `(state, None)` where there is nothing "
+            "to report."
+        )
+    new_state, metrics = found
     leaves, new_treedef = jax.tree.flatten(new_state)
     if new_treedef != treedef:
         raise ValueError(
             f"`{caller}(step)` has to return a state of the structure that it is given, {treedef}, got {new_treedef}."
         )
-    return leaves
+    return leaves, metrics
 
 
-def _check_num_workers(state, num_workers, caller):
+def check_num_workers(state: Any, num_workers: int, caller: str) -> None:
+    """Raise a `ValueError` if per-worker state is not that of so many workers."""
     for (path, x), owner in zip(jax.tree.leaves_with_path(state), jax.tree.leaves(owners(state)), strict=True):
-        if owner != "shared" and (jnp.ndim(x) == 0 or x.shape[0] != num_workers):
+        if owner != "shared" and (jnp.ndim(x) == 0 or jnp.shape(x)[0] != num_workers):
             raise ValueError(
                 f"`{caller}(...)` has to be given the state of all {num_workers} workers, got shape {jnp.shape(x)} at "
                 f"`state{jax.tree_util.keystr(path)}`. Make it with `num_workers={num_workers}`, or carry it over with "

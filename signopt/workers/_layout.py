@@ -1,0 +1,110 @@
+"""Where arrays lie: put on a mesh from wherever they come, and split over the workers where types say how they are split."""
+
+from collections.abc import Callable
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+import numpy as np
+
+from signopt import _axis
+
+
+def place(tree: Any, mesh: Mesh, specs: Any) -> Any:
+    """Put a tree on a mesh. Leaves that lie on it already stay as they are.
+
+    `on_mesh` does so by itself. In a loop of your own it puts the state and each batch where they belong.
+
+    Args:
+      tree: Arrays that every process has whole, or that lie on the mesh.
+      mesh: Devices, of one process or of many.
+      specs: `jax.sharding.PartitionSpec` for all leaves, or a tree of them, such as
+        `partition_specs(state, axis_name)`, which may end above the leaves.
+
+    Returns:
+      The tree on the mesh. Between processes nothing travels.
+
+    Examples:
+      >>> import jax, numpy as np
+      >>> from signopt.workers import place
+      >>> mesh = jax.make_mesh((1,), ("worker",), axis_types=(jax.sharding.AxisType.Auto,))
+      >>> batch = place({"x": np.ones((2, 3))}, mesh, jax.P("worker"))
+      >>> batch["x"].sharding.spec
+      PartitionSpec('worker',)
+    """
+    is_spec = lambda x: isinstance(x, PartitionSpec)
+    return jax.tree.map(
+        lambda spec, part: jax.tree.map(lambda x: x if lie_on([x], mesh) else _put(x, NamedSharding(mesh, spec)), part),
+        specs,
+        tree,
+        is_leaf=is_spec,
+    )
+
+
+def lie_on(leaves: Iterable[Any], mesh: Mesh) -> bool:
+    """Whether all leaves are arrays on a mesh."""
+    for x in leaves:
+        at = getattr(x, "sharding", None)
+        if not isinstance(at, NamedSharding) or (at.mesh is not mesh and at.mesh != mesh):
+            return False
+    return True
+
+
+def split_over(x: jax.Array, mesh: Mesh, names: tuple, spec: PartitionSpec) -> jax.Array:
+    """Split a traced array over axes of the workers as `spec` says; how it lies on other axes stays as it is.
+
+    Where axes are Auto the compiler does so by itself. Where they are Explicit, `jax.shard_map` wants to be given it so.
+    """
+    if not is_explicit(mesh, names):
+        return x
+    now = spec_of(x)
+    inner = [tuple(n for n in _axis.names(entry) if n not in names) for entry in now]
+    own = [_axis.names(entry) for entry in spec] + [()] * (len(now) - len(spec))
+    wanted = PartitionSpec(*(_entry((*a, *b)) for a, b in zip(own, inner, strict=True)))
+    return x if wanted == now else jax.device_put(x, NamedSharding(mesh, wanted))
+
+
+def spec_of(x: Any) -> PartitionSpec:
+    """How the type of a traced array says that it is split, with an entry for every axis."""
+    at = getattr(jax.typeof(x), "sharding", None)
+    now = () if at is None or at.mesh.empty else tuple(at.spec)
+    return PartitionSpec(*now, *(None,) * (jnp.ndim(x) - len(now)))
+
+
+def left_to_the_compiler(mesh: Mesh, names: tuple, specs: Any) -> tuple[Callable, Mesh | None]:
+    """What makes Explicit axes Auto inside of a function whose results are split as `specs` say, and the mesh inside.
+
+    The links of a chain are written for whole arrays; many have no rule for Explicit shards. And jax 0.10 gathers what is
+    split over Explicit axes that a `jax.shard_map` leaves alone.
+    """
+    if AxisType.Explicit not in mesh.axis_types:
+        return lambda fun: fun, mesh
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    return lambda fun: jax.sharding.auto_axes(fun, out_sharding=shardings), None
+
+
+def _entry(names):
+    return names[0] if len(names) == 1 else names or None
+
+
+def is_explicit(mesh: Mesh, names: tuple) -> bool:
+    """Whether types say how arrays are split over one of these axes."""
+    return any(AxisType.Explicit == t for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if n in names)
+
+
+def _put(x: Any, sharding: NamedSharding) -> jax.Array:
+    """`jax.device_put` of a value that every process has whole; across processes nothing travels.
+
+    `jax.device_put` would send all of it to every process at every step, to see whether it is the same there.
+    """
+    here = not isinstance(x, jax.Array) or x.is_fully_addressable
+    if sharding.is_fully_addressable or not here or not hasattr(x, "shape") or getattr(x, "weak_type", False):
+        return jax.device_put(x, sharding)
+    if not jnp.issubdtype(x.dtype, jax.dtypes.extended):
+        x = np.asarray(x, jax.dtypes.canonicalize_dtype(x.dtype))
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
