@@ -8,6 +8,7 @@
 """
 
 from signopt import adversary as adversary
+from signopt import codecs as codecs
 from signopt import diagnostics as diagnostics
 from signopt import precision as precision
 from signopt import prox as prox
