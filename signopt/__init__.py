@@ -9,6 +9,7 @@
 
 from signopt import adversary as adversary
 from signopt import border as border
+from signopt import codecs as codecs
 from signopt import diagnostics as diagnostics
 from signopt import precision as precision
 from signopt import prox as prox

@@ -109,7 +109,8 @@ def _pack_whole(planes):
 
     def spread(plane, first):
         lanes = plane.reshape(*plane.shape[:-1], plane.shape[-1] // 8, 8)
-        return lanes.astype(dtype) << jnp.arange(first, first + 8, dtype=dtype)
+        shifts = jnp.arange(first, first + 8, dtype=dtype)
+        return lanes.astype(dtype) << shifts.reshape((1,) * (lanes.ndim - 1) + (8,))
 
     words = [spread(plane, 8 * i) for i, plane in enumerate(planes)]
     return jnp.sum(functools.reduce(operator.or_, words), axis=-1, dtype=dtype)

@@ -26,6 +26,13 @@ def share(value: Any, call: str, argument: str, cure: str = "") -> None:
     _require(lambda x: (x >= 0) & (x <= 1), "in [0, 1]", value, call, argument, cure)
 
 
+def positive_share(value: Any, call: str, argument: str, cure: str = "") -> None:
+    """Raise if `value` is no known number in (0, 1]: a size that shapes depend on cannot be traced."""
+    if isinstance(value, Tracer):
+        raise TypeError(f"`{call}({argument}=...)` has to be a number that is known in Python, got {value!r}.")
+    _require(lambda x: (x > 0) & (x <= 1), "in (0, 1]", value, call, argument, cure)
+
+
 def decay(value: Any, call: str, argument: str, cure: str = "") -> None:
     """Raise if `value` is known and not a number in [0, 1): a decay rate of 1 never forgets."""
     _require(lambda x: (x >= 0) & (x < 1), "in [0, 1)", value, call, argument, cure)
@@ -51,6 +58,16 @@ def choice(value: Any, choices: tuple[str, ...], call: str, argument: str) -> No
     """Raise if `value` is none of `choices`."""
     if value not in choices:
         raise ValueError(f"`{call}({argument}=...)` has to be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def key(found: Any, call: str, method: str = "encode") -> Any:
+    """The random key that a codec was given; raise if it was given none."""
+    if found is None:
+        raise ValueError(
+            f"`{call}(...).{method}(key=...)` has to be given, got None: the codec is random. Give "
+            "`jax.random.key(seed)`, another one in each step."
+        )
+    return found
 
 
 def params(found: Any, call: str, why: str) -> Any:

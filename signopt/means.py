@@ -23,6 +23,7 @@ from signopt import _check
 from signopt import _flat
 from signopt import _float
 from signopt import border as borders
+from signopt.codecs import Codec
 
 Where = Literal["workers", "servers", "both"]
 
@@ -58,8 +59,8 @@ class MeanStatistics(NamedTuple):
 def mean(
     axis_name: _axis.AxisName,
     *,
-    uplink: Any = None,
-    downlink: Any = None,
+    uplink: Codec | None = None,
+    downlink: Codec | None = None,
     server: optax.GradientTransformation | None = None,
     memory: Where | None = "both",
     delay: int = 0,
@@ -134,7 +135,7 @@ def robust_mean(
     *,
     method: Literal["median", "trimmed"] = "median",
     trim: float = 0.25,
-    uplink: Any = None,
+    uplink: Codec | None = None,
     memory: Where | None = "both",
     delay: int = 0,
     num_workers: int | None = None,
@@ -332,17 +333,17 @@ class _Coder:
         if codec is None:
             self.loses = False
             return
-        if not hasattr(codec, "encode") or not hasattr(codec, "decode"):
+        if not isinstance(codec, Codec):
             raise TypeError(
                 f"`{caller}({argument}=...)` has to be a codec, got {codec!r}. `signopt.codecs` has the usual ones, such as "
                 "`signopt.codecs.scaled_sign()`."
             )
         if codec.random and key is None:
             raise ValueError(
-                f"`{caller}(key=...)` has to be a random key with {argument}={codec.name}, which throws coins, got None. "
-                "Pass `jax.random.key(0)`."
+                f"`{caller}(key=...)` has to be a random key with this {argument}, which throws coins, got None. Pass "
+                "`jax.random.key(0)`."
             )
-        self.loses = codec.loses
+        self.loses = not codec.exact
 
     def _key(self, context, sender, row):
         if self.codec is None or not self.codec.random:
@@ -386,11 +387,10 @@ def _require_loss(caller, memory, uplink, downlink):
     if memory is not None:
         _check.choice(memory, get_args(Where), caller, "memory")
     for side, argument, codec in (("workers", "uplink", uplink), ("servers", "downlink", downlink)):
-        if memory == side and (codec is None or not codec.loses):
+        if memory == side and (codec is None or codec.exact):
             raise ValueError(
-                f"`{caller}(memory=...)` has to fit the codecs, got {memory!r} with {argument}="
-                f"{'None' if codec is None else codec.name}, which loses nothing that could be remembered. Pass a codec of "
-                "`signopt.codecs`, or leave `memory` out."
+                f"`{caller}(memory=...)` has to fit the codecs, got {memory!r} with an {argument} that loses nothing which "
+                "could be remembered. Pass another codec of `signopt.codecs`, or leave `memory` out."
             )
 
 

@@ -1,7 +1,6 @@
 """Where arrays lie: put on a mesh from wherever they come, and split over the workers where types say how they are split."""
 
-from collections.abc import Callable
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
