@@ -21,6 +21,10 @@ from signopt.alias import mh_signsgd as mh_signsgd
 from signopt.alias import signprox as signprox
 from signopt.alias import signsgd as signsgd
 from signopt.alias import signum as signum
+from signopt.feedback import ef_signsgd as ef_signsgd
+from signopt.feedback import ef_signum as ef_signum
+from signopt.feedback import onebit_adam as onebit_adam
+from signopt.low_rank import low_rank_mean as low_rank_mean
 from signopt.means import mean as mean
 from signopt.means import robust_mean as robust_mean
 from signopt.momentum import scale_by_sign as scale_by_sign

@@ -1,7 +1,7 @@
 """A tree as one flat vector, cut into a row for each server.
 
-A leaf starts at a multiple of `align` entries: 8, so that packed signs start a byte, or the size of a block that has a
-number of its own. Large leaves come first, each by itself; small ones of one dtype follow, joined. A kernel for each leaf
+A leaf starts at a multiple of `align` entries: 1 for numbers, 8 so that packed signs start a byte, or the size of a block
+that has a number of its own. Large leaves come first, each by itself; small ones of one dtype follow, joined. A kernel for each leaf
 costs compile time, which thousands of small leaves would feel; joining costs a copy, which large leaves would.
 
 Sizes and places are Python integers, known when a step is traced, so nothing here counts parameters in 32 bits.

@@ -353,11 +353,11 @@ def _from_words(words, dtype, count):
     return lax.bitcast_convert_type(words, dtype).reshape(*words.shape[:-1], -1)[..., :count]
 
 
-def rows(updates: Any, context: Context, align: int = 8) -> jax.Array:
+def rows(updates: Any, context: Context, align: int = 1) -> jax.Array:
     """A tree as a row of numbers for each server, in at least float32; `tree` is its inverse."""
     return _flat.rows(updates, context.num_workers, align)
 
 
-def tree(decisions: jax.Array, like: Any, align: int = 8) -> Any:
+def tree(decisions: jax.Array, like: Any, align: int = 1) -> Any:
     """Rows of numbers as a tree of the shapes and dtypes of `like`."""
     return _flat.tree(decisions, like, align)

@@ -116,7 +116,7 @@ def mean(
     caller = "mean"
     if uplink is None and downlink is None and server is None:
         _require_loss(caller, memory, uplink, downlink)
-        return borders.exchange(axis_name, _plain(), caller=caller, delay=delay, num_workers=num_workers)
+        return borders.exchange(axis_name, plain(), caller=caller, delay=delay, num_workers=num_workers)
     border = _served(caller, _weighted_mean, uplink, downlink, server, memory, key, report)
     statistics = MeanStatistics(*(jnp.float32(0) for _ in MeanStatistics._fields))
     return borders.exchange(
@@ -202,8 +202,8 @@ def robust_mean(
 # ---- in full precision ---------------------------------------------------------------------------------------------
 
 
-def _plain() -> borders.Border:
-    """The network adds; in the leaves' own dtypes."""
+def plain() -> borders.Border:
+    """A mean by a sum over the network, in the leaves' own dtypes, of those present."""
 
     def encode(updates, memory, context):
         if context.present is None:
@@ -310,8 +310,8 @@ def _served(caller, aggregate, uplink, downlink, server, memory, key, report) ->
             left = jax.tree.map(lambda x: jnp.zeros(_float.shape(x), _float.wide_dtype(x)), params)
         if not at_servers and server is None:
             return borders.Memory(left)
-        entries = _flat.size(params)
-        row = jnp.zeros([_flat.row_size(entries, num_workers)], jnp.float32)
+        entries = _flat.size(params, 1)
+        row = jnp.zeros([_flat.row_size(entries, num_workers, 1)], jnp.float32)
         return borders.Memory(
             left,
             ServerMemory(
@@ -373,7 +373,7 @@ class _Coder:
 
 
 def _row_size(like, context):
-    return _flat.row_size(_flat.size(like), context.num_workers)
+    return _flat.row_size(_flat.size(like, 1), context.num_workers, 1)
 
 
 def _finite_or_old(new, old):
