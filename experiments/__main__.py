@@ -4,28 +4,44 @@ import ast
 from collections.abc import Sequence
 import dataclasses
 import importlib
+import itertools
 import pathlib
 import sys
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.console import RenderableType
 
-from experiments import devices
-from experiments import flags
-from experiments import processes
-from experiments import records
+from experiments.common import devices
+from experiments.common import flags
+from experiments.common import processes
+from experiments.common import records
 
 FOLDER = pathlib.Path(__file__).parent
 
 
-def experiments() -> dict[str, str]:
-    """The name of each experiment and the first line of its docstring, without importing it."""
+class Experiment(NamedTuple):
+    """What is known of an experiment without importing it.
+
+    Attributes:
+      module: Its name from the folder of experiments on, with dots.
+      about: The first line of its docstring.
+    """
+
+    module: str
+    about: str
+
+
+def experiments() -> dict[str, Experiment]:
+    """Every experiment by its name: a module, or a folder whose `__init__.py` is one."""
     found = {}
-    for path in sorted(FOLDER.glob("*.py")):
+    for path in sorted(FOLDER.glob("*/**/*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         defined = {node.name for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
         if {"Config", "run"} <= defined:
-            found[path.stem] = (ast.get_docstring(tree) or "").partition("\n")[0]
+            *folders, name = path.relative_to(FOLDER).with_suffix("").parts
+            parts = folders if name == "__init__" else (*folders, name)
+            found[parts[-1]] = Experiment(".".join(parts), (ast.get_docstring(tree) or "").partition("\n")[0])
     return found
 
 
@@ -42,12 +58,14 @@ def main(arguments: Sequence[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         width = max(map(len, found))
         print("usage: python -m experiments NAME [--flag value ...]   (NAME --help lists its flags)\n")
-        print("\n".join(f"  {name:{width}}  {line}" for name, line in found.items()))
+        for room, members in itertools.groupby(found, key=lambda name: found[name].module.partition(".")[0]):
+            print(f"{room}:")
+            print("\n".join(f"  {name:{width}}  {found[name].about}" for name in members))
         return
     name, *rest = arguments
     if name not in found:
         sys.exit(f"error: there is no experiment {name!r}; there are: {', '.join(found)}")
-    experiment = importlib.import_module(f"experiments.{name}")
+    experiment = importlib.import_module(f"experiments.{found[name].module}")
     config = flags.parse(experiment.Config, rest, program=f"python -m experiments {name}", about=experiment.__doc__)
     try:
         if getattr(config, "distributed", False):

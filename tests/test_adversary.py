@@ -15,7 +15,7 @@ import optax
 import pytest
 import rich.console
 
-from experiments import adversaries
+from experiments.papers import adversaries
 import reference
 import signopt
 from signopt import adversary

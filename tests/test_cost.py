@@ -8,9 +8,9 @@ import jax
 import pytest
 
 from experiments import __main__ as command
-from experiments import cost
-from experiments import exchanges
-from experiments import records
+from experiments.common import exchanges
+from experiments.common import records
+from experiments.speed import cost
 import signopt
 
 FREE = exchanges.Rates(0, 0, 0, 0)

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from experiments import estimators
-from experiments import toy_noise
+from experiments.papers import estimators
+from experiments.papers import toy_noise
 
 
 def record(method, what, setting, seed, accuracy):

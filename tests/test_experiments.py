@@ -20,11 +20,11 @@ import rich.table
 import sklearn.datasets
 
 from experiments import __main__ as command
-from experiments import data
-from experiments import devices
-from experiments import flags
-from experiments import records
-from experiments import train
+from experiments.common import data
+from experiments.common import devices
+from experiments.common import flags
+from experiments.common import records
+from experiments.training import train
 
 ROOT = pathlib.Path(command.__file__).parents[1]
 
@@ -49,11 +49,15 @@ def test_the_command_alone_lists_every_experiment_with_the_first_line_of_its_doc
     )
 
 
-def test_an_experiment_is_found_by_its_file_alone(tmp_path, monkeypatch):
-    (tmp_path / "new.py").write_text('"""A new one.\n\nMore."""\nclass Config: ...\ndef run(config): ...\n')
-    (tmp_path / "helper.py").write_text('"""What experiments share."""\ndef run(config): ...\n')
+def test_an_experiment_is_found_by_its_file_or_folder_alone(tmp_path, monkeypatch):
+    (tmp_path / "room" / "folder").mkdir(parents=True)
+    (tmp_path / "room" / "new.py").write_text('"""A new one.\n\nMore."""\nclass Config: ...\ndef run(config): ...\n')
+    (tmp_path / "room" / "folder" / "__init__.py").write_text(
+        '"""A folder."""\nclass Config: ...\ndef run(config): ...\n'
+    )
+    (tmp_path / "room" / "helper.py").write_text('"""What experiments share."""\ndef run(config): ...\n')
     monkeypatch.setattr(command, "FOLDER", tmp_path)
-    assert command.experiments() == {"new": "A new one."}
+    assert command.experiments() == {"folder": ("room.folder", "A folder."), "new": ("room.new", "A new one.")}
 
 
 def test_an_unknown_experiment_fails_and_says_which_there_are():

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import geometry
+from experiments.papers import geometry
 
 PROBLEM = '''
 """A parabola of four parameters, the first of which carries all the noise."""

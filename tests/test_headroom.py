@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from experiments import __main__ as command
-from experiments import headroom
-from experiments import records
+from experiments.common import records
+from experiments.speed import headroom
 import signopt
 
 TINY = headroom.Config(workers=2, steps=2, rounds=2, batch_size=4, model="mlp")

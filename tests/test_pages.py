@@ -8,8 +8,8 @@ import subprocess
 import pytest
 import yaml
 
-from experiments import flags
-from experiments import train
+from experiments.common import flags
+from experiments.training import train
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 PAGES = sorted(path for path in DOCS.glob("*.md") if path.name != "loops.md")  # whose sections tests/test_loops.py runs

@@ -13,11 +13,11 @@ import optax
 import pytest
 import rich.console
 
-from experiments import faults
-from experiments import runners
-from experiments import stale
-from experiments import sweep
-from experiments import trials
+from experiments.common import runners
+from experiments.common import trials
+from experiments.papers import faults
+from experiments.papers import stale
+from experiments.training import sweep
 import signopt
 from signopt import adversary
 from signopt import workers

@@ -11,12 +11,12 @@ import sys
 import pytest
 
 from experiments import __main__ as command
-from experiments import cost
-from experiments import exchanges
-from experiments import host
-from experiments import namespaces
-from experiments import records
-from experiments import slow_network
+from experiments.common import exchanges
+from experiments.common import host
+from experiments.common import namespaces
+from experiments.common import records
+from experiments.speed import cost
+from experiments.speed import slow_network
 
 ROOT = pathlib.Path(command.__file__).parents[1]
 
@@ -82,7 +82,7 @@ def test_a_tool_that_is_refused_says_who_may(tmp_path, monkeypatch):
 def test_without_root_the_command_says_so(tmp_path):
     done = subprocess.run(
         ["setpriv", "--bounding-set=-sys_admin,-net_admin", "--inh-caps=-sys_admin,-net_admin", sys.executable, "-c",
-         "from experiments import namespaces; namespaces.require()"],
+         "from experiments.common import namespaces; namespaces.require()"],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 1
@@ -117,7 +117,7 @@ def test_namespaces_are_removed_whatever_happens(error):
 
 @on_links
 def test_a_terminated_run_removes_its_namespaces_and_the_next_one_those_of_a_killed(tmp_path):
-    program = "from experiments import namespaces; import time\nwith namespaces.network(2): print('made', flush=True); time.sleep(60)"
+    program = "from experiments.common import namespaces; import time\nwith namespaces.network(2): print('made', flush=True); time.sleep(60)"
 
     def names_after(number):
         process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)

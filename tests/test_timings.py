@@ -8,10 +8,10 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import records
-from experiments import step_time
-from experiments import timing
-from experiments import wire
+from experiments.common import records
+from experiments.common import timing
+from experiments.speed import step_time
+from experiments.speed import wire
 import signopt
 
 TINY = wire.Config(parameters=1600, workers=4, leaves=(1, 5), voters=(4, 32), rounds=3)

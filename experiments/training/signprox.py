@@ -24,9 +24,9 @@ import optax
 import rich.progress
 import rich.table
 
-from experiments import problems
-from experiments.flags import flag
-from experiments.records import Record
+from experiments.common import problems
+from experiments.common.flags import flag
+from experiments.common.records import Record
 import signopt
 
 AXIS = "worker"

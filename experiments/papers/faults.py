@@ -21,11 +21,11 @@ import numpy as np
 import optax
 import rich.table
 
-from experiments import optimizers
-from experiments import runners
-from experiments import trials
-from experiments.flags import flag
-from experiments.records import Record
+from experiments.common import optimizers
+from experiments.common import runners
+from experiments.common import trials
+from experiments.common.flags import flag
+from experiments.common.records import Record
 from signopt import adversary
 
 BORDERS = ("one_bit", "two_bit", "psum", "mean")

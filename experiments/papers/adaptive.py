@@ -24,11 +24,11 @@ import numpy as np
 import optax
 import rich.table
 
-from experiments import data
-from experiments import models
-from experiments import runners
-from experiments.flags import flag
-from experiments.records import Record
+from experiments.common import data
+from experiments.common import models
+from experiments.common import runners
+from experiments.common.flags import flag
+from experiments.common.records import Record
 import signopt
 
 AXIS = runners.AXIS

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import optax
 
-from experiments import runners
+from experiments.common import runners
 import signopt
 
 AXIS = runners.AXIS

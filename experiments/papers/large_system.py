@@ -23,9 +23,9 @@ import numpy as np
 import optax
 import rich.table
 
-from experiments import runners
-from experiments.flags import flag
-from experiments.records import Record
+from experiments.common import runners
+from experiments.common.flags import flag
+from experiments.common.records import Record
 import signopt
 from signopt import theory
 

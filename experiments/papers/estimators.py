@@ -1,6 +1,6 @@
 """What `mh_signsgd` may choose, on a network: the estimator of the learning rate, the smoothness, and the momentum.
 
-Four workers with 64 images each train the small network of digits (64-64-10), as in `experiments/adaptive.py`, where a run
+Four workers with 64 images each train the small network of digits (64-64-10), as in `experiments/papers/adaptive.py`, where a run
 of the paper's convolutional network takes minutes. Every estimator runs with the smoothness of the paper, the number of
 parameters, and with the measured one, and the default with several betas; beside them voted signSGD and Signum with the
 best constant learning rate of a sweep, which see the test images to choose it. No figure of a paper.
@@ -22,10 +22,10 @@ import numpy as np
 import optax
 import rich.table
 
-from experiments import runners
-from experiments import trials
-from experiments.flags import flag
-from experiments.records import Record
+from experiments.common import runners
+from experiments.common import trials
+from experiments.common.flags import flag
+from experiments.common.records import Record
 import signopt
 
 AXIS = runners.AXIS

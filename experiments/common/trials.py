@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import data
-from experiments import models
-from experiments import runners
+from experiments.common import data
+from experiments.common import models
+from experiments.common import runners
 import signopt
 
 

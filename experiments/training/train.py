@@ -27,14 +27,14 @@ import optax
 import rich.progress
 import rich.table
 
-from experiments import checkpoints
-from experiments import data
-from experiments import models
-from experiments import optimizers
-from experiments import processes
-from experiments import runners
-from experiments.flags import flag
-from experiments.records import Record
+from experiments.common import checkpoints
+from experiments.common import data
+from experiments.common import models
+from experiments.common import optimizers
+from experiments.common import processes
+from experiments.common import runners
+from experiments.common.flags import flag
+from experiments.common.records import Record
 import signopt
 
 MODELS = {"digits": models.MLP, "mnist": models.CNN, "cifar10": models.CNN}

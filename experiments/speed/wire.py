@@ -25,11 +25,11 @@ from matplotlib.figure import Figure
 import optax
 import rich.table
 
-from experiments import devices
-from experiments import runners
-from experiments import timing
-from experiments.flags import flag
-from experiments.records import Record
+from experiments.common import devices
+from experiments.common import runners
+from experiments.common import timing
+from experiments.common.flags import flag
+from experiments.common.records import Record
 import signopt
 from signopt import _bits
 from signopt import sign

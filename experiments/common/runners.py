@@ -11,8 +11,8 @@ import jax
 from jax import lax
 import numpy as np
 
-from experiments import devices
-from experiments import processes
+from experiments.common import devices
+from experiments.common import processes
 import signopt
 
 AXIS = "workers"

@@ -23,8 +23,8 @@ import numpy as np
 import optax
 import rich.table
 
-from experiments.flags import flag
-from experiments.records import Record
+from experiments.common.flags import flag
+from experiments.common.records import Record
 import signopt
 from signopt import prox as proxes
 

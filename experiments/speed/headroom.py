@@ -28,13 +28,13 @@ import optax
 import rich.console
 import rich.table
 
-from experiments import devices
-from experiments import exchanges
-from experiments import geometry
-from experiments import optimizers
-from experiments import timing
-from experiments.flags import flag
-from experiments.records import Record
+from experiments.common import devices
+from experiments.common import exchanges
+from experiments.common import optimizers
+from experiments.common import timing
+from experiments.common.flags import flag
+from experiments.common.records import Record
+from experiments.papers import geometry
 import signopt
 
 AXIS = optimizers.AXIS

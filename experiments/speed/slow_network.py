@@ -1,7 +1,7 @@
 """Votes and training between hosts whose links are slow: 100 Mbit/s, 1 Gbit/s and as fast as the machine goes.
 
 Every host is a process of its own in a network namespace of its own, with a token bucket on both ends of its link
-(`experiments/namespaces.py`), and JAX's collectives travel over TCP (gloo). First votes are held back to back, with this
+(`experiments/common/namespaces.py`), and JAX's collectives travel over TCP (gloo). First votes are held back to back, with this
 library's wires and with what others send: a mean in float32 and bfloat16, 8-bit signs, and packed signs that everybody
 gathers from everybody; the programs take turns in one run, since only ratios from one run mean anything. The kernel counts
 what travels. Then a network of a million parameters is trained on the digits until it has a test accuracy. No figure of a
@@ -33,12 +33,12 @@ import rich.console
 import rich.progress
 import rich.table
 
-from experiments import cost
-from experiments import exchanges
-from experiments import namespaces
-from experiments import timing
-from experiments.flags import flag
-from experiments.records import Record
+from experiments.common import exchanges
+from experiments.common import namespaces
+from experiments.common import timing
+from experiments.common.flags import flag
+from experiments.common.records import Record
+from experiments.speed import cost
 
 BASELINE = "float32 mean"
 WIRES = cost.WIRE_OF_PROGRAM
@@ -152,13 +152,13 @@ def _together(found):
 
 @contextlib.contextmanager
 def running(network: namespaces.Network) -> Iterator[Callable[..., list[dict[str, Any]]]]:
-    """Start `experiments/host.py` on every host, and stop it afterwards.
+    """Start `experiments/common/host.py` on every host, and stop it afterwards.
 
     Args:
       network: The hosts.
 
     Yields:
-      A function that gives all hosts an order, a function of `experiments/host.py` and its arguments, and returns their
+      A function that gives all hosts an order, a function of `experiments/common/host.py` and its arguments, and returns their
       answers. It raises a `RuntimeError` with what a host has said if one does not answer.
     """
     environment = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "NPROC")}
@@ -168,7 +168,14 @@ def running(network: namespaces.Network) -> Iterator[Callable[..., list[dict[str
         processes, said = [], []
         for i, namespace in enumerate(network.namespaces):
             said.append(stack.enter_context(tempfile.TemporaryFile("w+")))
-            command = [sys.executable, "-m", "experiments.host", f"{network.addresses[0]}:{PORT}", str(count), str(i)]
+            command = [
+                sys.executable,
+                "-m",
+                "experiments.common.host",
+                f"{network.addresses[0]}:{PORT}",
+                str(count),
+                str(i),
+            ]
             process = subprocess.Popen(
                 namespaces.inside(namespace, command),
                 stdin=subprocess.PIPE,
@@ -176,7 +183,7 @@ def running(network: namespaces.Network) -> Iterator[Callable[..., list[dict[str
                 stderr=said[-1],
                 text=True,
                 env=environment,
-                cwd=pathlib.Path(__file__).parents[1],
+                cwd=pathlib.Path(__file__).parents[2],
                 start_new_session=True,  # an interrupt is for us, who then stop it
             )
             processes.append(process)

@@ -1,6 +1,6 @@
 """What runs on each host of `slow_network`: votes and training between processes, timed, with the bytes of its network card.
 
-    python -m experiments.host COORDINATOR HOSTS INDEX
+    python -m experiments.common.host COORDINATOR HOSTS INDEX
 
 Reads orders from stdin, a JSON object a line with the name of a function below and its arguments, the same on every host,
 and answers each with a JSON line on stdout.
@@ -21,10 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import data
-from experiments import models
-from experiments import namespaces
-from experiments import optimizers
+from experiments.common import data
+from experiments.common import models
+from experiments.common import namespaces
+from experiments.common import optimizers
 import signopt
 from signopt import _bits
 from signopt import _swaps

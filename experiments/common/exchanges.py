@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import jax
 
-from experiments.records import Record
+from experiments.common.records import Record
 import signopt
 
 WIRES = ("float32", "bfloat16", "int8", "all_gather", "two_bit", "one_bit")
@@ -257,7 +257,7 @@ def break_even(
 
 
 def rates_of(stages: list[Record]) -> Rates:
-    """The rates that the records of `experiments/wire.py` hold: medians over the stages that were timed.
+    """The rates that the records of `experiments/speed/wire.py` hold: medians over the stages that were timed.
 
     Args:
       stages: Records, the header first. A stage packs all `parameters`, counts what `workers` voters have cast for a share

@@ -1,6 +1,6 @@
 """What a step costs: a model of its time from parameters, workers, bandwidth and latency, for every way to agree.
 
-The model and its assumptions are in `experiments/exchanges.py`. It is checked against what `slow_network` measured, and says
+The model and its assumptions are in `experiments/common/exchanges.py`. It is checked against what `slow_network` measured, and says
 below which bandwidth each wire pays, for up to 100,000 workers. No figure of a paper.
 
     python -m experiments cost
@@ -21,14 +21,14 @@ import numpy as np
 import rich.console
 import rich.table
 
-from experiments import exchanges
-from experiments import namespaces
-from experiments import records as recorded
-from experiments.flags import flag
-from experiments.records import Record
+from experiments.common import exchanges
+from experiments.common import namespaces
+from experiments.common import records as recorded
+from experiments.common.flags import flag
+from experiments.common.records import Record
 
-KEPT = pathlib.Path(__file__).with_name("measured") / "slow_network" / recorded.FILE
-# What each program of `experiments/host.py` sends.
+KEPT = pathlib.Path(__file__).parents[1] / "measured" / "slow_network" / recorded.FILE
+# What each program of `experiments/common/host.py` sends.
 WIRE_OF_PROGRAM = {
     "float32 mean": "float32",
     "bfloat16 mean": "bfloat16",

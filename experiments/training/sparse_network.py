@@ -30,10 +30,10 @@ import optax
 import rich.progress
 import rich.table
 
-from experiments import data
-from experiments import models
-from experiments.flags import flag
-from experiments.records import Record
+from experiments.common import data
+from experiments.common import models
+from experiments.common.flags import flag
+from experiments.common.records import Record
 import signopt
 from signopt import prox as proxes
 
