@@ -7,13 +7,14 @@ import importlib
 import itertools
 import pathlib
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.console import RenderableType
 
 from experiments.common import devices
 from experiments.common import flags
+from experiments.common import parts
 from experiments.common import processes
 from experiments.common import records
 
@@ -33,16 +34,29 @@ class Experiment(NamedTuple):
 
 
 def experiments() -> dict[str, Experiment]:
-    """Every experiment by its name: a module, or a folder whose `__init__.py` is one."""
+    """Every experiment by its name: a module with a `Config` and `run`, or a folder whose `__init__.py` has `PARTS`."""
     found = {}
-    for path in sorted(FOLDER.glob("*/**/*.py")):
+    for path in sorted([*FOLDER.glob("*/*.py"), *FOLDER.glob("*/*/__init__.py")]):
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        defined = {node.name for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
-        if {"Config", "run"} <= defined:
-            *folders, name = path.relative_to(FOLDER).with_suffix("").parts
-            parts = folders if name == "__init__" else (*folders, name)
-            found[parts[-1]] = Experiment(".".join(parts), (ast.get_docstring(tree) or "").partition("\n")[0])
+        if {"Config", "run"} <= _defined(tree) or "PARTS" in _defined(tree):
+            module = path.parent if path.name == "__init__.py" else path.with_suffix("")
+            dotted = ".".join(module.relative_to(FOLDER).parts)
+            found[module.name] = Experiment(dotted, (ast.get_docstring(tree) or "").partition("\n")[0])
     return found
+
+
+def _defined(tree):
+    """The names of a module's own classes, functions and constants."""
+    names = {node.name for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+    return names | {name.id for node in tree.body if isinstance(node, ast.Assign) for name in node.targets if isinstance(name, ast.Name)}
+
+
+def load(name: str) -> Any:
+    """An experiment, or its parts together, with `run`, `table` and `plot`."""
+    module = importlib.import_module(f"experiments.{experiments()[name].module}")
+    if hasattr(module, "PARTS"):
+        return parts.Together(module.PARTS, getattr(module, "DEFAULT", tuple(module.PARTS)), module.__doc__ or "")
+    return module
 
 
 def show(table: RenderableType) -> None:
@@ -65,8 +79,11 @@ def main(arguments: Sequence[str]) -> None:
     name, *rest = arguments
     if name not in found:
         sys.exit(f"error: there is no experiment {name!r}; there are: {', '.join(found)}")
-    experiment = importlib.import_module(f"experiments.{found[name].module}")
-    config = flags.parse(experiment.Config, rest, program=f"python -m experiments {name}", about=experiment.__doc__)
+    experiment, program = load(name), f"python -m experiments {name}"
+    if isinstance(experiment, parts.Together):
+        config = experiment.parse(rest, program=program, output=f"results/{name}")
+    else:
+        config = flags.parse(experiment.Config, rest, program=program, about=experiment.__doc__)
     try:
         if getattr(config, "distributed", False):
             processes.join()

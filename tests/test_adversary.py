@@ -15,7 +15,7 @@ import optax
 import pytest
 import rich.console
 
-from experiments.papers import adversaries
+from experiments.papers.adversaries import liars as adversaries
 import reference
 import signopt
 from signopt import adversary

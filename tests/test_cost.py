@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from experiments import __main__ as command
-from experiments.common import exchanges
+from signopt._tools import exchanges
 from experiments.common import records
 from experiments.speed import cost
 import signopt

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from experiments.papers import estimators
-from experiments.papers import toy_noise
+from experiments.papers.adaptive import estimators
+from experiments.papers.adaptive import toy as toy_noise
 
 
 def record(method, what, setting, seed, accuracy):

@@ -15,8 +15,8 @@ import rich.console
 
 from experiments.common import runners
 from experiments.common import trials
-from experiments.papers import faults
-from experiments.papers import stale
+from experiments.papers.adversaries import faults
+from experiments.papers.adversaries import late as stale
 from experiments.training import sweep
 import signopt
 from signopt import adversary

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from experiments import __main__ as command
-from experiments.common import exchanges
+from signopt._tools import exchanges
 from experiments.common import host
 from experiments.common import namespaces
 from experiments.common import records

@@ -9,9 +9,9 @@ import optax
 import pytest
 
 from experiments.common import records
-from experiments.common import timing
-from experiments.speed import step_time
-from experiments.speed import wire
+from signopt._tools import timing
+from experiments.speed.wire import steps as step_time
+from experiments.speed.wire import vote as wire
 import signopt
 
 TINY = wire.Config(parameters=1600, workers=4, leaves=(1, 5), voters=(4, 32), rounds=3)

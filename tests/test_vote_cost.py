@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from experiments.common import records
-from experiments.speed import vote_cost
+from experiments.speed.wire import looking as vote_cost
 
 TINY = vote_cost.Config(parameters=1000, workers=2, width=4, batches=2, batch_size=3, rounds=3)
 

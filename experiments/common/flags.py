@@ -47,21 +47,32 @@ def parse(config: type[C], arguments: Sequence[str], *, program: str, about: str
       >>> parse(Config, ["--wire", "one_bit,two_bit"], program="train")
       Config(steps=600, wire=('one_bit', 'two_bit'))
     """
-    parser = argparse.ArgumentParser(
+    return config(**vars(parser(config, program=program, about=about).parse_args(arguments)))
+
+
+def parse_known(config: type[C], arguments: Sequence[str], *, program: str) -> tuple[C, list[str]]:
+    """The same, and the words that belong to none of its flags."""
+    found, rest = parser(config, program=program).parse_known_args(arguments)
+    return config(**vars(found)), rest
+
+
+def parser(config: type, *, program: str, about: str | None = None) -> argparse.ArgumentParser:
+    """What reads the flags of a dataclass."""
+    made = argparse.ArgumentParser(
         program, description=about, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     types = typing.get_type_hints(config)
-    for field in dataclasses.fields(config):  # pyright: ignore[reportArgumentType]
+    for field in dataclasses.fields(config):
         names = dict.fromkeys((f"--{field.name}", f"--{field.name.replace('_', '-')}"))
         text = f"{field.metadata['about']} (default: {_written(field.default)})".replace("%", "%%")
         if types[field.name] is bool:
-            parser.add_argument(
+            made.add_argument(
                 *names, dest=field.name, default=field.default, action=argparse.BooleanOptionalAction, help=text
             )
         else:
             read = _reader(types[field.name], field.metadata["choices"], field.metadata["at_least"])
-            parser.add_argument(*names, dest=field.name, default=field.default, type=read, help=text, metavar="VALUE")
-    return config(**vars(parser.parse_args(arguments)))
+            made.add_argument(*names, dest=field.name, default=field.default, type=read, help=text, metavar="VALUE")
+    return made
 
 
 def _reader(annotation: Any, choices: Sequence[str], at_least: float | None) -> Callable[[str], Any]:

@@ -1,6 +1,6 @@
 """What a step costs: a model of its time from parameters, workers, bandwidth and latency, for every way to agree.
 
-The model and its assumptions are in `experiments/common/exchanges.py`. It is checked against what `slow_network` measured, and says
+The model and its assumptions are in `signopt/_tools/exchanges.py`. It is checked against what `slow_network` measured, and says
 below which bandwidth each wire pays, for up to 100,000 workers. No figure of a paper.
 
     python -m experiments cost
@@ -21,11 +21,11 @@ import numpy as np
 import rich.console
 import rich.table
 
-from experiments.common import exchanges
 from experiments.common import namespaces
 from experiments.common import records as recorded
 from experiments.common.flags import flag
 from experiments.common.records import Record
+from signopt._tools import exchanges
 
 KEPT = pathlib.Path(__file__).parents[1] / "measured" / "slow_network" / recorded.FILE
 # What each program of `experiments/common/host.py` sends.
@@ -69,7 +69,7 @@ def run(config: Config) -> Iterator[Record]:
       The rates, a record for each program of `slow_network`, for each number of workers and wire, and for each of the two
       curves of a plot.
     """
-    rates = exchanges.rates_of(recorded.read(config.stages)) if config.stages else exchanges.Rates()
+    rates = rates_of(recorded.read(config.stages)) if config.stages else exchanges.Rates()
     yield {"kind": "rates"} | dataclasses.asdict(rates)
     if config.measured or KEPT.exists():
         yield from check(recorded.read(config.measured or KEPT), rates)
@@ -141,6 +141,28 @@ def check(measured: list[Record], rates: exchanges.Rates) -> Iterator[Record]:
             "measured": statistics.median(r["seconds"] for r in turns),
             "predicted": exchanges.exchange_seconds(size, sent, cluster, shared),
         }
+
+
+def rates_of(stages: list[Record]) -> exchanges.Rates:
+    """The rates that the records of `the experiment `wire`` hold: medians over the stages that were timed.
+
+    Args:
+      stages: Records, the header first. A stage packs all `parameters`, counts what `workers` voters have cast for a share
+        of them, as many ballots as there are parameters, or unpacks; stages that are missing keep their default.
+
+    Examples:
+      >>> found = [{"kind": "stage", "stage": "pack", "planes": 2, "workers": 8, "parameters": 1000, "seconds": [4e-6]}]
+      >>> f"{rates_of([{}, *found]).pack:.1e}"
+      '4.0e-09'
+    """
+    found = {}
+    for r in stages[1:]:
+        if r.get("kind") == "stage" and r["stage"] in ("pack", "count", "unpack"):
+            if r["stage"] == "count" and r["workers"] > exchanges.MANY:
+                continue  # the loop, which the model knows as such
+            per = r["planes"] if r["stage"] == "count" else 1
+            found.setdefault(r["stage"], []).append(statistics.median(r["seconds"]) / (r["parameters"] * per))
+    return dataclasses.replace(exchanges.Rates(), **{stage: statistics.median(values) for stage, values in found.items()})
 
 
 def medians(measured: list[Record]) -> list[Record]:

@@ -33,9 +33,9 @@ import rich.console
 import rich.progress
 import rich.table
 
-from experiments.common import exchanges
+from signopt._tools import exchanges
 from experiments.common import namespaces
-from experiments.common import timing
+from signopt._tools import timing
 from experiments.common.flags import flag
 from experiments.common.records import Record
 from experiments.speed import cost

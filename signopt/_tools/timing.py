@@ -10,7 +10,9 @@ import jax
 K = TypeVar("K")
 
 
-def take_turns(programs: Mapping[K, Callable[[], Any]], rounds: int) -> dict[K, list[float]]:
+def take_turns(
+    programs: Mapping[K, Callable[[], Any]], rounds: int, progress: Callable[[str], None] = lambda text: None
+) -> dict[K, list[float]]:
     """The seconds that each program takes in every round; its first call, with compilation, is not counted.
 
     The order is turned round from one round to the next, so that no program always comes after the same one.
@@ -18,15 +20,19 @@ def take_turns(programs: Mapping[K, Callable[[], Any]], rounds: int) -> dict[K, 
     Args:
       programs: Functions of nothing that return arrays.
       rounds: How often each is timed.
+      progress: Is told what comes next, and nothing at the end.
     """
     seconds = {name: [] for name in programs}
-    for program in programs.values():
+    for name, program in programs.items():
+        progress(f"compiling {name}")
         jax.block_until_ready(program())
     for turn in range(rounds):
+        progress(f"round {turn + 1} of {rounds}")
         for name in list(programs)[:: 1 if turn % 2 == 0 else -1]:
             begin = time.perf_counter()
             jax.block_until_ready(programs[name]())
             seconds[name].append(time.perf_counter() - begin)
+    progress("")
     return seconds
 
 

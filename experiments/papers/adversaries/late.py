@@ -3,10 +3,6 @@
 Figure: on a noisy quadratic and on the digits, voted signSGD and Signum with every worker's ballot from so many steps ago; and
 Signum with normal noise added right of the vote, x <- x - a (d + s n), the same on every worker from a shared key, which costs
 no traffic: `optax.add_noise`. Late ballots are a queue left of the vote, `delayed` below.
-
-    python -m experiments stale
-
-Time and numbers to expect are in experiments/README.md.
 """
 
 from collections.abc import Iterator

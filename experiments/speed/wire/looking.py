@@ -6,10 +6,6 @@ mini-batches, summed, against `signopt.diagnostics.gradient_moments` of the same
 same step with `signopt.workers.assert_in_sync` of the parameters after it. No figure of a paper; the limits are
 1.30 for the vote and 1.2 for the pass, and none for the check, which one makes once in a hundred steps. On a shared machine single times jump by half, so both programs of a pair take
 turns in one process, the one that goes first changes every round, and what is compared is the median of the ratios of rounds.
-
-    python -m experiments vote_cost
-
-Time and numbers to expect are in experiments/README.md.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,7 +24,7 @@ import rich.table
 
 from experiments.common import devices
 from experiments.common import runners
-from experiments.common import timing
+from signopt._tools import timing
 from experiments.common.flags import flag
 from experiments.common.records import Record
 import signopt

@@ -3,10 +3,6 @@
 On the digits, one of eight workers sends a gradient of NaN and inf, all entries or a few of them, on a random tenth of its
 steps, left of its momentum. Signum on every wire, and a float32 mean before SGD with momentum, each beside the same run
 without faults.
-
-    python -m experiments faults
-
-Time and numbers to expect are in experiments/README.md.
 """
 
 from collections.abc import Iterator

@@ -12,19 +12,17 @@ core's.
 
 import dataclasses
 import math
-import statistics
 from typing import NamedTuple
 
 import jax
 
-from experiments.common.records import Record
-import signopt
+from signopt import wire as wires
 
 WIRES = ("float32", "bfloat16", "int8", "all_gather", "two_bit", "one_bit")
 PLANES = {"one_bit": 1, "two_bit": 2, "all_gather": 1}
 # Beyond 128 voters `signopt._bits.count` no longer fits into registers, and beyond 256 it adds up groups in a loop: measured,
 # four to six times the work for each ballot at M = 256 to 1,024.
-_MANY, _PER_PLANE = 128, 0.6
+MANY, _PER_PLANE = 128, 0.6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +95,7 @@ def bytes_sent(parameters: int, workers: int, wire: str, *, leaves: int = 1) -> 
     dtype, name = {"float32": ("float32", "mean"), "bfloat16": ("bfloat16", "mean"), "int8": ("float32", "psum")}.get(
         wire, ("float32", wire)
     )
-    return signopt.wire.bytes_sent([jax.ShapeDtypeStruct((size,), dtype) for size in sizes], workers, name)
+    return wires.bytes_sent([jax.ShapeDtypeStruct((size,), dtype) for size in sizes], workers, name)
 
 
 def work_seconds(parameters: int, workers: int, wire: str, rates: Rates) -> float:
@@ -113,7 +111,7 @@ def work_seconds(parameters: int, workers: int, wire: str, rates: Rates) -> floa
     if wire in PLANES:
         planes = PLANES[wire]
         # One ballot on every parameter, whatever M: M ballots on an M-th of them.
-        ballots = planes * (1 + (_PER_PLANE * math.log2(workers) if workers > _MANY else 0.0))
+        ballots = planes * (1 + (_PER_PLANE * math.log2(workers) if workers > MANY else 0.0))
         if wire == "all_gather":
             ballots *= workers
         return parameters * (rates.pack + ballots * rates.count + rates.unpack)
@@ -254,28 +252,6 @@ def break_even(
             if bits > 0:
                 best = max(best, math.inf if lost <= 0 else bits / lost)
     return best
-
-
-def rates_of(stages: list[Record]) -> Rates:
-    """The rates that the records of `experiments/speed/wire.py` hold: medians over the stages that were timed.
-
-    Args:
-      stages: Records, the header first. A stage packs all `parameters`, counts what `workers` voters have cast for a share
-        of them, as many ballots as there are parameters, or unpacks; stages that are missing keep their default.
-
-    Examples:
-      >>> found = [{"kind": "stage", "stage": "pack", "planes": 2, "workers": 8, "parameters": 1000, "seconds": [4e-6]}]
-      >>> f"{rates_of([{}, *found]).pack:.1e}"
-      '4.0e-09'
-    """
-    found = {}
-    for r in stages[1:]:
-        if r.get("kind") == "stage" and r["stage"] in ("pack", "count", "unpack"):
-            if r["stage"] == "count" and r["workers"] > _MANY:
-                continue  # the loop, which the model knows as such
-            per = r["planes"] if r["stage"] == "count" else 1
-            found.setdefault(r["stage"], []).append(statistics.median(r["seconds"]) / (r["parameters"] * per))
-    return dataclasses.replace(Rates(), **{stage: statistics.median(values) for stage, values in found.items()})
 
 
 def bandwidth(bits_per_second: float | None) -> str:

@@ -7,11 +7,6 @@ of them become zero. What is left is trained once more without the penalty (the 
 
 Figures and table: test accuracy against the share dropped, beside a network that was never penalized and had as many
 steps; which pixels survive; the accuracy that one-bit weights cost.
-
-    python -m experiments sparse_network
-    python -m experiments sparse_network --validation                       # never looks at the test images, to tune
-
-Time and numbers to expect are in experiments/README.md.
 """
 
 from collections.abc import Iterator

@@ -4,10 +4,6 @@ Without an axis `signopt.signsgd`, `signum` and `lion` are optax's own, so their
 memory: 20 million parameters, in 5 large leaves and in 500 small ones, take turns with optax's. Then the time to trace
 and to compile a voted step over 500 leaves on a mesh, against `optax.lion` behind a float32 mean (limit 2), and the time
 of `import signopt` in a fresh interpreter against `import optax` (limit 1.2). No figure of a paper.
-
-    python -m experiments step_time
-
-Time and numbers to expect are in experiments/README.md.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,7 +23,7 @@ import rich.table
 
 from experiments.common import devices
 from experiments.common import runners
-from experiments.common import timing
+from signopt._tools import timing
 from experiments.common.flags import flag
 from experiments.common.records import Record
 import signopt

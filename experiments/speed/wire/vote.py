@@ -5,10 +5,6 @@ the same inputs and outputs take turns: gradients to decisions (against `lax.pme
 gradients and donated parameters to parameters, in one leaf and in fifty. Then each stage of the vote by itself: bytes read
 and written per second, as a share of what a copy gets. No figure of a paper; the limits are 0.35 for decisions, 0.7 and
 0.9 for a one-bit and a two-bit step, as multiples of the float32 mean's time.
-
-    python -m experiments wire
-
-Time and numbers to expect are in experiments/README.md.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,7 +23,7 @@ import rich.table
 
 from experiments.common import devices
 from experiments.common import runners
-from experiments.common import timing
+from signopt._tools import timing
 from experiments.common.flags import flag
 from experiments.common.records import Record
 import signopt

@@ -4,10 +4,6 @@ Figure: the objective's gap to its minimum and the size of the support against s
 LASSO (200 x 100, 8 spikes), without noise on one worker and with gradient noise on eight; and on l1-penalized logistic
 regression of scikit-learn's breast cancer and digits data, whose minimum is that of its own `saga` solver. Beside them
 the rule that looks almost the same and is not: the proximal operator after a sign step. Table: where each ends.
-
-    python -m experiments signprox
-
-Time and numbers to expect are in experiments/README.md.
 """
 
 from collections.abc import Callable, Iterator

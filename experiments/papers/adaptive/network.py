@@ -4,11 +4,6 @@ Four workers with 64 images each train the paper's network, two 5x5 convolutions
 units, on the digits (or on MNIST, from a file). Voted signSGD and voted Signum get every learning rate of a sweep, a
 factor of ten apart, on seed 0; the best at the end also runs on the other seeds. Adaptive MH-signSGD (Yang et al., 2020, algorithm 1 and
 equation 1) gets nothing: neither a learning rate nor a schedule. Everything is constant over time but what it finds.
-
-    python -m experiments adaptive
-    python -m experiments adaptive --dataset mnist --data_file mnist.npz
-
-Time and numbers to expect are in experiments/README.md.
 """
 
 from collections.abc import Iterator

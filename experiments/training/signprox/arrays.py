@@ -5,10 +5,6 @@ nuclear norm; and denoising of a piecewise constant signal with the total variat
 minimum against steps, for SignProx with its default step size, with 1 / L (L the curvature), with a step size that falls
 with the learning rate (which stalls), and for the proximal gradient method; the recovered singular values; the signal.
 Table: where each ends, the rank or the number of pieces found, and the error.
-
-    python -m experiments low_rank
-
-Time and numbers to expect are in experiments/README.md.
 """
 
 from collections.abc import Iterator

@@ -4,11 +4,6 @@ Four workers with 64 images each train the small network of digits (64-64-10), a
 of the paper's convolutional network takes minutes. Every estimator runs with the smoothness of the paper, the number of
 parameters, and with the measured one, and the default with several betas; beside them voted signSGD and Signum with the
 best constant learning rate of a sweep, which see the test images to choose it. No figure of a paper.
-
-    python -m experiments estimators
-    python -m experiments estimators --validation --first_seed 100
-
-Time and numbers to expect are in experiments/README.md.
 """
 
 from collections.abc import Iterator

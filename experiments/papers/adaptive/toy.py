@@ -4,11 +4,6 @@ f(x) = |x|^2 / 2 in 100 dimensions from x ~ N(0, I), with N(0, 100^2) on the fir
 256 samples a step (Yang et al., 2020, section III). At a fixed learning rate of 0.05 SGD, signSGD and a vote of 256 samples
 settle where noise and rate leave them; the adaptive vote goes on. So do votes of fewer voters, who average 256 / M samples
 each: with the paper's estimator, which sends eight bits a parameter, and with this library's default, which sends one.
-
-    python -m experiments toy_noise
-
-Time and numbers to expect are in experiments/README.md: the paper's figure shows about one order of magnitude between the
-fixed and the adaptive vote.
 """
 
 from collections.abc import Iterator

@@ -4,10 +4,6 @@ Table: time of a whole step (parameters in, parameters out, donated) on 20 milli
 one run; a step of l1 should take at most 1.3 times that of `optax.signum`. Figure: time of
 `signopt.prox.total_variation` on noise, steps, a random walk and a ramp, for growing lengths; it should take the same
 per point at every length.
-
-    python -m experiments prox_time
-
-Time and numbers to expect are in experiments/README.md.
 """
 
 from collections.abc import Iterator

@@ -5,10 +5,6 @@ momentum, the mean, and two robust means from the literature, the coordinate-wis
 al., `Byzantine-Robust Distributed Learning <https://arxiv.org/abs/1803.01498>`_, 2018), which need all gradients in
 float32. Then what longer training and larger batches recover, and the bound of Theorem 2 of `fault tolerance
 <https://arxiv.org/abs/1810.05291>`_ beside a quadratic that meets its assumptions.
-
-    python -m experiments adversaries
-
-Time and numbers to expect are in experiments/README.md.
 """
 
 from collections.abc import Iterator
