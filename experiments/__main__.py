@@ -17,6 +17,7 @@ from experiments.common import flags
 from experiments.common import parts
 from experiments.common import processes
 from experiments.common import records
+from experiments.common import report
 
 FOLDER = pathlib.Path(__file__).parent
 
@@ -48,7 +49,13 @@ def experiments() -> dict[str, Experiment]:
 def _defined(tree):
     """The names of a module's own classes, functions and constants."""
     names = {node.name for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
-    return names | {name.id for node in tree.body if isinstance(node, ast.Assign) for name in node.targets if isinstance(name, ast.Name)}
+    return names | {
+        name.id
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        for name in node.targets
+        if isinstance(name, ast.Name)
+    }
 
 
 def load(name: str) -> Any:
@@ -71,12 +78,18 @@ def main(arguments: Sequence[str]) -> None:
     found = experiments()
     if not arguments or arguments[0] in ("-h", "--help"):
         width = max(map(len, found))
-        print("usage: python -m experiments NAME [--flag value ...]   (NAME --help lists its flags)\n")
+        print(
+            "usage: python -m experiments NAME [--flag value ...]   (NAME --help lists its flags)\n"
+            "       python -m experiments report [NAME | --keep results/NAME]   (tables of what is kept)\n"
+        )
         for room, members in itertools.groupby(found, key=lambda name: found[name].module.partition(".")[0]):
             print(f"{room}:")
             print("\n".join(f"  {name:{width}}  {found[name].about}" for name in members))
         return
     name, *rest = arguments
+    if name == "report":
+        report.main(rest, load, show)
+        return
     if name not in found:
         sys.exit(f"error: there is no experiment {name!r}; there are: {', '.join(found)}")
     experiment, program = load(name), f"python -m experiments {name}"

@@ -11,12 +11,13 @@ import sys
 import pytest
 
 from experiments import __main__ as command
-from signopt._tools import exchanges
+from experiments.common import asking
 from experiments.common import host
 from experiments.common import namespaces
 from experiments.common import records
 from experiments.speed import cost
 from experiments.speed import slow_network
+from signopt._tools import exchanges
 
 ROOT = pathlib.Path(command.__file__).parents[1]
 
@@ -229,8 +230,8 @@ def test_a_late_host_is_timed_from_its_own_start(found):
 
 def test_table_figure_and_cost_model_need_nothing_but_records(found, tmp_path):
     assert [drawn.row_count for drawn in slow_network.table(found).renderables] == [14, 8, 6]
-    (figure,) = slow_network.plot(found, str(tmp_path))
-    assert figure.stat().st_size > 10_000
+    (figure,) = figures.drawn(slow_network, found, tmp_path)
+    assert [axes.get_title() for axes in figure.axes] == ["votes", "training"]
     checked = list(cost.check(cost.medians(found), exchanges.Rates()))
     assert [r["program"] for r in checked] == list(cost.WIRE_OF_PROGRAM)
 
@@ -239,7 +240,7 @@ def test_table_figure_and_cost_model_need_nothing_but_records(found, tmp_path):
 def test_a_host_that_ends_is_an_error_with_what_it_said():
     with (
         namespaces.network(1) as network,
-        slow_network.running(network) as ask,
+        asking.running(network) as ask,
         pytest.raises(RuntimeError, match=r"(?s)Host 0 of 1 has ended, and said:.*KeyError: 'nothing'"),
     ):
         ask("nothing")

@@ -1,6 +1,6 @@
 """Losses for `python -m signopt headroom` and `geometry`: networks on the digits, as a user's own function would name them.
 
-    python -m signopt headroom --loss experiments.common.losses:wide
+python -m signopt headroom --loss experiments.common.losses:wide
 """
 
 from collections.abc import Callable

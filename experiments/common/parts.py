@@ -13,6 +13,7 @@ from typing import Any
 import rich.console
 
 from experiments.common import flags
+from experiments.common import report
 from experiments.common.records import Record
 
 
@@ -76,7 +77,9 @@ class Together:
         chosen, rest = flags.parse_known(choose, [a for a in arguments if a not in ("-h", "--help")], program=program)
         if asks:
             helps = [flags.parser(choose, program=program, about=self.about).format_help()]
-            helps += [flags.parser(self.parts[name].Config, program=f"part {name}").format_help() for name in self.parts]
+            helps += [
+                flags.parser(self.parts[name].Config, program=f"part {name}").format_help() for name in self.parts
+            ]
             print("\n".join(helps))
             raise SystemExit(0)
         found, unknown = {}, []
@@ -98,6 +101,16 @@ class Together:
     def table(self, records: list[Record]) -> rich.console.Group:
         """The parts' tables."""
         return rich.console.Group(*(self.parts[name].table(of(records, name)) for name in _names(records)))
+
+    def summary(self, records: list[Record]) -> list[report.Rows]:
+        """The parts' tables for the page, those with the same header as one."""
+        found = ((self.parts[name], of(records, name)) for name in _names(records))
+        return report.merged(table for module, own in found for table in report.summaries(module, own))
+
+    def kept(self, records: list[Record]) -> list[Record]:
+        """The records that the parts' tables need."""
+        own = [getattr(self.parts[n], "kept", lambda records: records)(of(records, n))[1:] for n in _names(records)]
+        return [records[0], *(record for found in own for record in found)]
 
     def plot(self, records: list[Record], folder: str) -> list[pathlib.Path]:
         """Draw the parts' figures.

@@ -18,11 +18,12 @@ import pathlib
 import jax
 from jax import lax
 import jax.numpy as jnp
-from matplotlib.figure import Figure
 import numpy as np
 import optax
 import rich.table
 
+from experiments.common import plots
+from experiments.common import progress
 from experiments.common import runners
 from experiments.common.flags import flag
 from experiments.common.records import Record
@@ -63,7 +64,7 @@ def run(config: Config) -> Iterator[Record]:
       A record for each probability and each rate, with its bound.
     """
     key = jax.random.key(0)
-    for ratio in np.geomspace(0.1, 4, 14):
+    for ratio in progress.track(np.geomspace(0.1, 4, 14), "wrong signs"):
         bounds = {name: float(bound(ratio)) for name, bound in SIGN_BOUNDS.items()}
         for noise, draw in NOISES.items():
             wrong = float(jnp.mean(draw(key, (config.samples,)) <= -ratio))
@@ -77,7 +78,7 @@ def run(config: Config) -> Iterator[Record]:
             "exact": float(theory.vote_error(0.9, voters)),
             "mean": float(jnp.mean(values.mean(1) <= 0)),
         }
-    for steps in config.steps:
+    for steps in progress.track(config.steps, "rates"):
         yield from _rates(config, steps)
 
 
@@ -145,14 +146,28 @@ def table(records: list[Record]) -> rich.table.Table:
     return drawn
 
 
+def summary(records: list[Record]) -> list[list[str]]:
+    """How tight each bound is."""
+    rows = [["what", "measured over bound, at most", "to expect"]]
+    for name in SIGN_BOUNDS:
+        signs = [r for r in records[1:] if r["what"] == "sign"]
+        ratio, at, noise = max((r["measured"] / r["bounds"][name], r["ratio"], r["noise"]) for r in signs)
+        rows.append([f"a wrong sign, {name}", f"{ratio:.3f}, {noise} noise at S = {at:.2f}", "at most 1, and an error"])
+    for theorem in dict.fromkeys(r["theorem"] for r in records[1:] if r["what"] == "rate"):
+        own = [r for r in records[1:] if r["what"] == "rate" and r["theorem"] == theorem]
+        ratios = ", ".join(f"{r['measured'] / r['bound']:.3f}" for r in own)
+        rows.append([f"{theorem}: {', '.join(str(r['steps']) for r in own)} steps", ratios, "at most 1"])
+    return rows
+
+
 def plot(records: list[Record], folder: str) -> list[pathlib.Path]:
     """Draw the three panels.
 
     Returns:
       The figures' files.
     """
-    figure = Figure(figsize=(14, 4), layout="constrained")
-    signs, votes, rates = figure.subplots(1, 3)
+    config = records[0]["config"]
+    figure, (signs, votes, rates) = plots.panels(3, title=f"simulations and bounds, {config['seeds']} runs")
     by_noise = {noise: [r for r in records[1:] if r["what"] == "sign" and r["noise"] == noise] for noise in NOISES}
     for noise, own in by_noise.items():
         signs.plot([r["ratio"] for r in own], [r["measured"] for r in own], ".", label=f"{noise} noise")
@@ -169,10 +184,7 @@ def plot(records: list[Record], folder: str) -> list[pathlib.Path]:
         own = [r for r in records[1:] if r["what"] == "rate" and r["theorem"] == theorem]
         (line,) = rates.plot([r["steps"] for r in own], [r["measured"] for r in own], "o-", label=theorem)
         rates.plot([r["steps"] for r in own], [r["bound"] for r in own], "--", color=line.get_color())
-    rates.set(xlabel="steps", ylabel="norm of the gradient; dashed: bound", xscale="log", yscale="log")
+    rates.set(xlabel="steps", ylabel="norm of the gradient (dashed: bound)", xscale="log", yscale="log")
     for axes in (signs, votes, rates):
-        axes.legend(fontsize="small")
-        axes.grid(alpha=0.3)
-    path = pathlib.Path(folder) / "bounds.png"
-    figure.savefig(path, dpi=150)
-    return [path]
+        axes.legend()
+    return plots.save(figure, folder, "bounds")

@@ -18,11 +18,12 @@ import pathlib
 import jax
 from jax import lax
 import jax.numpy as jnp
-from matplotlib.figure import Figure
 import numpy as np
 import optax
 import rich.table
 
+from experiments.common import plots
+from experiments.common import progress
 from experiments.common import runners
 from experiments.common.flags import flag
 from experiments.common.records import Record
@@ -52,7 +53,7 @@ def run(config: Config) -> Iterator[Record]:
     Yields:
       A record for each number of workers.
     """
-    for size in config.sizes:
+    for size in progress.track(config.sizes, "numbers of workers"):
         forgets = math.pi * config.deviation / (2 * math.sqrt(size) * config.learning_rate)
         steps = math.ceil(config.lengths * forgets)
         squares = np.asarray(settle(config, size, steps))[:, steps // 4 :]
@@ -117,24 +118,26 @@ def table(records: list[Record]) -> rich.table.Table:
     return drawn
 
 
+def summary(records: list[Record]) -> list[list[str]]:
+    """The squared norm, a column for each number of workers."""
+    rows = [["workers", *(str(r["size"]) for r in records[1:])]]
+    rows.append(["squared gradient norm", *(f"{np.mean(r['squared_norms']):.3g}" for r in records[1:])])
+    rows.append(["the random walk predicts", *(f"{r['predicted']:.3g}" for r in records[1:])])
+    return rows
+
+
 def plot(records: list[Record], folder: str) -> list[pathlib.Path]:
     """Draw the squared norm against the number of workers.
 
     Returns:
       The figures' files.
     """
-    figure = Figure(figsize=(6, 4.5), layout="constrained")
-    axes = figure.subplots()
+    config = records[0]["config"]
+    title = f"|x|²/2 in {config['dimension']} dimensions, {config['seeds']} runs"
+    figure, (axes,) = plots.panels(1, title=title, width=6, height=4)
     sizes = [record["size"] for record in records[1:]]
-    found = [record["squared_norms"] for record in records[1:]]
-    means = np.mean(found, axis=1)
-    axes.errorbar(sizes, means, [means - np.min(found, 1), np.max(found, 1) - means], fmt="o", label="measured")
-    axes.plot(
-        sizes, [record["predicted"] for record in records[1:]], "--", label=r"$\pi \sigma \delta d / (4 \sqrt{M})$"
-    )
-    axes.set(xlabel="workers", ylabel="squared gradient norm at the floor", xscale="log", yscale="log")
+    plots.band(axes, sizes, [record["squared_norms"] for record in records[1:]], label="measured", marker="o")
+    axes.plot(sizes, [record["predicted"] for record in records[1:]], label=r"$\pi \sigma \delta d / (4 \sqrt{M})$")
+    axes.set(xlabel="workers M", ylabel="squared gradient norm at the floor", xscale="log", yscale="log")
     axes.legend()
-    axes.grid(alpha=0.3)
-    path = pathlib.Path(folder) / "large_system.png"
-    figure.savefig(path, dpi=150)
-    return [path]
+    return plots.save(figure, folder, "large_system")

@@ -23,11 +23,12 @@ import pathlib
 import jax
 from jax import lax
 import jax.numpy as jnp
-from matplotlib.figure import Figure
 import numpy as np
 import optax
 import rich.table
 
+from experiments.common import plots
+from experiments.common import progress
 from experiments.common.flags import flag
 from experiments.common.records import Record
 import signopt
@@ -111,7 +112,8 @@ def run(config: Config) -> Iterator[Record]:
       A record for each problem.
     """
     for kind in config.kinds:
-        for number in range(config.first_problem, config.first_problem + config.problems):
+        numbers = range(config.first_problem, config.first_problem + config.problems)
+        for number in progress.track(numbers, f"problems of kind {kind}"):
             curvature, noise, start = (x.astype(np.float32) for x in problem(kind, number))
             found, gradients = losses(optax.sgd, curvature, noise, start, steps=config.steps, runs=config.runs)
             chosen, sgd = best(found)
@@ -160,24 +162,37 @@ def table(records: list[Record]) -> rich.table.Table:
     return drawn
 
 
+def summary(records: list[Record]) -> list[list[str]]:
+    """A row for each regime that was measured."""
+    rows = [["regime", "problems", "theory is right", "signSGD's loss over SGD's", "R1", "R2"]]
+    for regime in sorted({r["regime"] for r in records[1:]}):
+        own = [r for r in records[1:] if r["regime"] == regime]
+
+        def between(values):
+            return f"{min(values):.2g} to {max(values):.2g}"
+
+        ratios = [between([r[name] for r in own]) for name in ("curvature_ratio", "noise_ratio")]
+        losses = between([r["sign"] / r["sgd"] for r in own])
+        rows.append([regime, str(len(own)), f"{sum(r['agrees'] for r in own)}", losses, *ratios])
+    return rows
+
+
 def plot(records: list[Record], folder: str) -> list[pathlib.Path]:
     """Draw every problem in the plane of R1 and R2, coloured by who won.
 
     Returns:
       The figures' files.
     """
-    figure = Figure(figsize=(6, 5), layout="constrained")
-    axes = figure.subplots()
+    title = f"{len(records) - 1} quadratics in {DIMENSION} dimensions, one worker"
+    figure, (axes,) = plots.panels(1, title=title, width=6.5, height=5)
     ratios = [np.log10(r["sign"] / r["sgd"]) for r in records[1:]]
     limit = max(map(abs, ratios))
     dots = axes.scatter(
-        [r["curvature_ratio"] for r in records[1:]], [r["noise_ratio"] for r in records[1:]], c=ratios, cmap="coolwarm",
-        vmin=-limit, vmax=limit, edgecolors="black",
+        [r["curvature_ratio"] for r in records[1:]], [r["noise_ratio"] for r in records[1:]], c=ratios,
+        cmap=plots.DIVERGING, vmin=-limit, vmax=limit, edgecolors="black",
     )  # fmt: skip
     for line in (axes.axhline, axes.axvline):
         line(records[0]["config"]["threshold"], color="grey", linestyle="--")
     figure.colorbar(dots, label="log10 of signSGD's loss over SGD's")
-    axes.set(xlabel="R1", ylabel="R2", xscale="log", yscale="log")
-    path = pathlib.Path(folder) / "regimes.png"
-    figure.savefig(path, dpi=150)
-    return [path]
+    axes.set(xlabel="R1: curvature over gradient", ylabel="R2: noise over gradient", xscale="log", yscale="log")
+    return plots.save(figure, folder, "regimes")

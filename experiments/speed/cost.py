@@ -16,12 +16,13 @@ import math
 import pathlib
 import statistics
 
-from matplotlib.figure import Figure
 import numpy as np
 import rich.console
 import rich.table
 
 from experiments.common import namespaces
+from experiments.common import plots
+from experiments.common import progress
 from experiments.common import records as recorded
 from experiments.common.flags import flag
 from experiments.common.records import Record
@@ -74,7 +75,7 @@ def run(config: Config) -> Iterator[Record]:
     if config.measured or KEPT.exists():
         yield from check(recorded.read(config.measured or KEPT), rates)
     compute, size = 1e-3 * config.step_ms, config.parameters
-    for workers in config.sizes:
+    for workers in progress.track(config.sizes, "numbers of workers"):
         cluster = exchanges.Cluster(workers, math.nan, 1e-6 * config.latency_us, 1e-6 * config.message_us)
 
         def at(bandwidth, wire, cluster=cluster):
@@ -162,7 +163,9 @@ def rates_of(stages: list[Record]) -> exchanges.Rates:
                 continue  # the loop, which the model knows as such
             per = r["planes"] if r["stage"] == "count" else 1
             found.setdefault(r["stage"], []).append(statistics.median(r["seconds"]) / (r["parameters"] * per))
-    return dataclasses.replace(exchanges.Rates(), **{stage: statistics.median(values) for stage, values in found.items()})
+    return dataclasses.replace(
+        exchanges.Rates(), **{stage: statistics.median(values) for stage, values in found.items()}
+    )
 
 
 def medians(measured: list[Record]) -> list[Record]:
@@ -236,6 +239,28 @@ def _interval(low, high):
     )
 
 
+def kept(records: list[Record]) -> list[Record]:
+    """What the tables need: no curve."""
+    rest = [r for r in records[1:] if r["kind"] != "two levels"]
+    return [records[0], *({name: r[name] for name in r if name != "seconds"} for r in rest)]
+
+
+def summary(records: list[Record]) -> list[list[str]]:
+    """Below which bandwidth each wire is faster than a mean, and where one bit is worth it."""
+    shown = ("one_bit", "two_bit", "int8", "all_gather")
+    rows = [["workers", *(f"{wire} pays below" for wire in shown), f"one_bit is {WORTH:g} x as fast below"]]
+    of = {(r["workers"], r["wire"]): r for r in records[1:] if r["kind"] == "wire"}
+    for workers in records[0]["config"]["sizes"]:
+        below = [of[workers, wire]["pays_below"] for wire in shown] + [of[workers, "one_bit"]["worth_it_below"]]
+        rows.append([f"{workers:,}", *(_where(found) for found in below)])
+    return rows
+
+
+def _where(found):
+    name = exchanges.bandwidth(found)
+    return name if name in ("any", "none") else f"{name}bit/s"
+
+
 def plot(records: list[Record], folder: str) -> list[pathlib.Path]:
     """Draw the time of a step against bandwidth, for each number of workers and for two levels, and the check.
 
@@ -248,29 +273,23 @@ def plot(records: list[Record], folder: str) -> list[pathlib.Path]:
     sizes = [w for w in config["sizes"] if w in (config["sizes"][0], 64, config["sizes"][-1])]
     two = [r for r in records[1:] if r["kind"] == "two levels"]
     checked = [r for r in records[1:] if r["kind"] == "check"]
-    figure = Figure(figsize=(4.5 * (len(sizes) + 1 + bool(checked)), 4.2), layout="constrained")
-    axes = iter(figure.subplots(1, len(sizes) + 1 + bool(checked), squeeze=False)[0])
-    panels = [(f"{w:,} workers", [r for r in of_wires if r["workers"] == w], compute) for w in sizes]
-    panels.append((f"{two[0]['hosts']} hosts of {two[0]['devices']} devices", two, 0.0))
-    for title, curves, more in panels:
-        drawn = next(axes)
-        for r in curves:
-            drawn.plot(BANDWIDTHS, [s + more for s in r["seconds"]], label=r["wire"])
-        drawn.axhline(compute, color="grey", linestyle="--", linewidth=0.8, label="computation")
-        drawn.set(
-            title=title, xscale="log", yscale="log", xlabel="bits per second of a link", ylabel="seconds of a step"
-        )
-        drawn.grid(alpha=0.3)
-    drawn.legend(fontsize=8)
+    title = f"the model, {config['parameters']:,} parameters"
+    figure, panels = plots.panels(len(sizes) + 1 + bool(checked), title=title)
+    curves = [(f"{w:,} workers", [r for r in of_wires if r["workers"] == w], compute) for w in sizes]
+    curves.append((f"{two[0]['hosts']} hosts of {two[0]['devices']} devices", two, 0.0))
+    for axes, (title, wires, more) in zip(panels, curves, strict=False):
+        for r in wires:
+            axes.plot(BANDWIDTHS, [s + more for s in r["seconds"]], label=r["wire"])
+        axes.axhline(compute, color="grey", linestyle="--", linewidth=0.8, label="computation")
+        axes.set(title=title, xscale="log", yscale="log", xlabel="bit/s of a link", ylabel="seconds of a step")
+    panels[len(sizes)].legend()
     if checked:
-        drawn = next(axes)
+        axes = panels[-1]
         for hosts in sorted({r["hosts"] for r in checked}):
             own = [r for r in checked if r["hosts"] == hosts]
-            drawn.plot([r["measured"] for r in own], [r["predicted"] for r in own], "o", label=f"{hosts} hosts")
+            axes.plot([r["measured"] for r in own], [r["predicted"] for r in own], "o", label=f"{hosts} hosts")
         ends = [f(r["measured"] for r in checked) for f in (min, max)]
-        drawn.plot(ends, ends, color="grey", linewidth=0.8)
-        drawn.set(title="check", xscale="log", yscale="log", xlabel="measured, s", ylabel="model, s")
-        drawn.legend(fontsize=8)
-    path = pathlib.Path(folder) / "cost.png"
-    figure.savefig(path, dpi=150)
-    return [path]
+        axes.plot(ends, ends, color="grey", linewidth=0.8)
+        axes.set(title="check", xscale="log", yscale="log", xlabel="measured, s", ylabel="model, s")
+        axes.legend()
+    return plots.save(figure, folder, "cost")

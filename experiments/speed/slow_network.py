@@ -15,30 +15,24 @@ Needs Linux, root and iproute2, which makes the links.
 Time and numbers to expect are in experiments/README.md.
 """
 
-from collections.abc import Callable, Iterator
-import contextlib
+from collections.abc import Iterator
 import dataclasses
-import json
-import os
 import pathlib
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from typing import Any
 
-from matplotlib.figure import Figure
 import rich.console
-import rich.progress
 import rich.table
 
-from signopt._tools import exchanges
+from experiments.common import asking
 from experiments.common import namespaces
-from signopt._tools import timing
+from experiments.common import plots
+from experiments.common import progress
 from experiments.common.flags import flag
 from experiments.common.records import Record
 from experiments.speed import cost
+from signopt._tools import exchanges
+from signopt._tools import timing
 
 BASELINE = "float32 mean"
 WIRES = cost.WIRE_OF_PROGRAM
@@ -89,7 +83,7 @@ def run(config: Config) -> Iterator[Record]:
 
 def _run(config):
     for count in config.hosts:
-        with namespaces.network(count) as network, running(network) as ask:
+        with namespaces.network(count) as network, asking.running(network) as ask:
             for program in WIRES if config.rounds else ():
                 ask("votes", program=program, parameters=config.parameters, leaves=config.leaves, count=0)
             for megabits in config.megabits:
@@ -102,7 +96,7 @@ def _run(config):
 def _measure(config, count, megabits, ask):
     """The records of one number of hosts at one rate."""
     name = f"{count} hosts, {_link(megabits)}"
-    for turn in rich.progress.track(range(config.rounds), f"{name}: votes", transient=True):
+    for turn in progress.track(range(config.rounds), f"{name}: votes"):
         order = list(WIRES)
         for program in order[turn % len(order) :] + order[: turn % len(order)]:
             formula = exchanges.bytes_sent(config.parameters, count, WIRES[program], leaves=config.leaves)
@@ -148,69 +142,6 @@ def _together(found):
     """The slowest host's seconds, and the most that one has sent and received."""
     names = ("seconds", *namespaces.Counted._fields)
     return {name: max(answer[name] for answer in found) for name in names}
-
-
-@contextlib.contextmanager
-def running(network: namespaces.Network) -> Iterator[Callable[..., list[dict[str, Any]]]]:
-    """Start `experiments/common/host.py` on every host, and stop it afterwards.
-
-    Args:
-      network: The hosts.
-
-    Yields:
-      A function that gives all hosts an order, a function of `experiments/common/host.py` and its arguments, and returns their
-      answers. It raises a `RuntimeError` with what a host has said if one does not answer.
-    """
-    environment = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "NPROC")}
-    environment |= {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
-    count = len(network.namespaces)
-    with contextlib.ExitStack() as stack:
-        processes, said = [], []
-        for i, namespace in enumerate(network.namespaces):
-            said.append(stack.enter_context(tempfile.TemporaryFile("w+")))
-            command = [
-                sys.executable,
-                "-m",
-                "experiments.common.host",
-                f"{network.addresses[0]}:{PORT}",
-                str(count),
-                str(i),
-            ]
-            process = subprocess.Popen(
-                namespaces.inside(namespace, command),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=said[-1],
-                text=True,
-                env=environment,
-                cwd=pathlib.Path(__file__).parents[2],
-                start_new_session=True,  # an interrupt is for us, who then stop it
-            )
-            processes.append(process)
-            stack.callback(_stop, process)
-
-        def ask(order, **arguments):
-            with contextlib.suppress(BrokenPipeError):
-                for process in processes:
-                    process.stdin.write(json.dumps({"do": order} | arguments) + "\n")
-                    process.stdin.flush()
-            answers = []
-            for i, process in enumerate(processes):
-                line = process.stdout.readline()
-                if not line:
-                    said[i].seek(0)
-                    raise RuntimeError(f"Host {i} of {count} has ended, and said:\n{said[i].read()[-4000:]}")
-                answers.append(json.loads(line))
-            return answers
-
-        yield ask
-
-
-def _stop(process):
-    process.kill()
-    process.wait()
-    process.stdin.close()
-    process.stdout.close()
 
 
 def _link(megabits):
@@ -343,6 +274,25 @@ def _table_of_trainings(records):
     return drawn
 
 
+kept = cost.medians
+
+
+def summary(records: list[Record]) -> list[list[str]]:
+    """How many times as fast as a mean each program is, by the medians of its turns."""
+    config = records[0]["config"]
+    cases = [(hosts, megabits) for megabits in config["megabits"] for hosts in config["hosts"]]
+    seconds = {}
+    for r in _of_kind(records, "vote"):
+        seconds.setdefault((r["hosts"], r["megabits"], r["program"]), []).append(r["seconds"])
+    medians = {case: statistics.median(found) for case, found in seconds.items()}
+    rows = [["times as fast as a float32 mean", *(f"{hosts} hosts, {_link(megabits)}" for hosts, megabits in cases)]]
+    for program in WIRES:
+        times = [medians[*case, BASELINE] / medians[*case, program] for case in cases]
+        rows.append([program, *(f"{x:.3g}" for x in times)])
+    rows[1] = ["float32 mean, ms", *(f"{1e3 * medians[*case, BASELINE]:.0f}" for case in cases)]
+    return rows
+
+
 def plot(records: list[Record], folder: str) -> list[pathlib.Path]:
     """Draw by how much votes are faster than a mean in float32, and the times of training.
 
@@ -352,24 +302,22 @@ def plot(records: list[Record], folder: str) -> list[pathlib.Path]:
     config = records[0]["config"]
     cases = [(hosts, megabits) for hosts in config["hosts"] for megabits in config["megabits"]]
     labels = [f"{hosts} hosts,\n{_link(megabits)}" for hosts, megabits in cases]
-    panels = [name for name, kind in (("votes", "vote"), ("training", "training")) if _of_kind(records, kind)]
-    figure = Figure(figsize=(1.0 + 1.4 * len(cases) * len(panels), 4.5), layout="constrained")
-    for panel, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
+    found = [name for name, kind in (("votes", "vote"), ("training", "training")) if _of_kind(records, kind)]
+    title = f"{' and '.join(map(str, config['hosts']))} hosts, a worker each"
+    figure, panels = plots.panels(len(found), title=title, columns=1, width=7.5, height=4)
+    for panel, axes in zip(found, panels, strict=True):
         if panel == "votes":
             names, baseline = [name for name in WIRES if name != BASELINE], "a mean in float32"
             values = {name: [statistics.median(ratios(records, *case, name)) for case in cases] for name in names}
         else:
-            found, baseline = _trainings(records), "SGD and a mean in float32"
-            mean = {key: statistics.mean(r["seconds"] for r in runs) for key, runs in found.items()}
+            runs, baseline = _trainings(records), "SGD and a mean"
+            mean = {key: statistics.mean(r["seconds"] for r in own) for key, own in runs.items()}
             values = {", ".join(run): [mean[*case, *RUNS[0]] / mean[*case, *run] for case in cases] for run in RUNS[1:]}
         width = 0.8 / len(values)
         for i, (name, heights) in enumerate(values.items()):
             axes.bar([x + width * (i + 0.5) - 0.4 for x in range(len(cases))], heights, width, label=name)
         axes.axhline(1.0, color="black", linewidth=0.8)
         axes.set(title=panel, yscale="log", ylabel=f"times as fast as {baseline}")
-        axes.set_xticks(range(len(cases)), labels, fontsize=8)
-        axes.legend(fontsize=8)
-        axes.grid(axis="y", alpha=0.3)
-    path = pathlib.Path(folder) / "slow_network.png"
-    figure.savefig(path, dpi=150)
-    return [path]
+        axes.set_xticks(range(len(cases)), labels, fontsize=9)
+        axes.legend()
+    return plots.save(figure, folder, "slow_network")

@@ -14,11 +14,12 @@ import dataclasses
 import pathlib
 
 import jax
-from matplotlib.figure import Figure
 import numpy as np
 import optax
 import rich.table
 
+from experiments.common import plots
+from experiments.common import progress
 from experiments.common import runners
 from experiments.common import trials
 from experiments.common.flags import flag
@@ -82,7 +83,7 @@ def run(config: Config) -> Iterator[Record]:
     Yields:
       A record for each method, learning rate, weight decay and seed.
     """
-    for method in config.methods:
+    for method in progress.track(config.methods, "grids"):
         rates, decays, seeds = trials.grid(config.learning_rates, config.weight_decays, seeds=config.seeds)
         rates = rates * (_SGD if method == "sgd" else 1.0)
         found = trials.train(
@@ -160,17 +161,18 @@ def plot(records: list[Record], folder: str) -> list[pathlib.Path]:
     Returns:
       The figures' files.
     """
-    methods = records[0]["config"]["methods"]
-    figure = Figure(figsize=(5 * len(methods), 4.5), layout="constrained")
-    for axes, method in zip(figure.subplots(1, len(methods), squeeze=False)[0], methods, strict=True):
+    config = records[0]["config"]
+    title = f"digits, {config['workers']} workers, {config['seeds']} seeds"
+    figure, panels = plots.panels(len(config["methods"]), title=title, width=5, height=5)
+    for axes, method in zip(panels, config["methods"], strict=True):
         rates, decays, found = heat(records, method)
-        image = axes.imshow(found, vmin=FLOOR, vmax=1.0, cmap="viridis", origin="lower", aspect="auto")
+        image = axes.imshow(found, vmin=FLOOR, vmax=1.0, cmap="cividis", origin="lower", aspect="auto")
         for (i, j), value in np.ndenumerate(found):
-            axes.text(j, i, f"{value:.3f}".lstrip("0"), ha="center", va="center", fontsize=7, color="white")
+            colour = "black" if value > (1 + FLOOR) / 2 else "white"
+            axes.text(j, i, f"{value:.2f}".lstrip("0"), ha="center", va="center", fontsize=9, color=colour)
         axes.set(title=method, xlabel="weight decay", ylabel="learning rate")
         axes.set_xticks(range(len(decays)), [f"{decay:g}" for decay in decays])
         axes.set_yticks(range(len(rates)), [f"{rate:g}" for rate in rates])
-    figure.colorbar(image, ax=figure.axes, label="test accuracy")
-    path = pathlib.Path(folder) / "sweep.png"
-    figure.savefig(path, dpi=150)
-    return [path]
+        axes.grid(visible=False)
+    figure.colorbar(image, ax=panels, label="test accuracy")
+    return plots.save(figure, folder, "sweep")

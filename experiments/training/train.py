@@ -21,7 +21,6 @@ import time
 from typing import Any, NamedTuple
 
 import jax
-from matplotlib.figure import Figure
 import numpy as np
 import optax
 import rich.progress
@@ -31,6 +30,7 @@ from experiments.common import checkpoints
 from experiments.common import data
 from experiments.common import models
 from experiments.common import optimizers
+from experiments.common import plots
 from experiments.common import processes
 from experiments.common import runners
 from experiments.common.flags import flag
@@ -280,29 +280,41 @@ def table(records: list[Record]) -> rich.table.Table:
     return drawn
 
 
+def kept(records: list[Record]) -> list[Record]:
+    """The end of each run."""
+    return [records[0], *(record for ends in final(records).values() for record in ends)]
+
+
+def summary(records: list[Record]) -> list[list[str]]:
+    """The end of each run, without times."""
+    rows = [["optimizer", "wire", "test accuracy", "bits per parameter and step", "MB in total", "learning rate"]]
+    for (name, wire), ends in final(records).items():
+        accuracies, last = [record["test_accuracy"] for record in ends], ends[0]
+        spread = f" ± {statistics.stdev(accuracies):.4f}" if len(ends) > 1 else ""
+        sent = [f"{last['bits_per_parameter']:.2f}", f"{last['megabytes']:.2f}", f"{last['learning_rate']:g}"]
+        rows.append([name, wire, f"{statistics.mean(accuracies):.4f}{spread}", *sent])
+    return rows
+
+
 def plot(records: list[Record], folder: str) -> list[pathlib.Path]:
-    """Draw test accuracy against steps and against megabytes sent: the mean over seeds, and their range.
+    """Draw test accuracy against steps and against megabytes sent.
 
     Returns:
       The figures' files.
     """
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    by_step, by_megabytes = figure.subplots(1, 2, sharey=True)
+    config = records[0]["config"]
+    title = f"{config['dataset']}, {config['workers']} workers, {config['seeds']} seeds"
+    figure, (by_step, by_megabytes) = plots.panels(2, title=title)
     for (name, wire), looks in _curves(records).items():
         steps = sorted({record["step"] for record in looks})
         seeds = [[record["test_accuracy"] for record in looks if record["step"] == step] for step in steps]
         megabytes = [looks[-1]["megabytes"] * step / looks[-1]["step"] for step in steps]
         for axes, x in ((by_step, steps), (by_megabytes, megabytes)):
-            (line,) = axes.plot(x, [statistics.mean(s) for s in seeds], label=f"{name}, {wire}", marker=".")
-            axes.fill_between(x, [min(s) for s in seeds], [max(s) for s in seeds], color=line.get_color(), alpha=0.2)
+            plots.band(axes, x, seeds, label=f"{name}, {wire}", marker=".")
     by_step.set(xlabel="steps", ylabel="test accuracy")
-    by_megabytes.set(xlabel="megabytes sent by all workers", xscale="log")
+    by_megabytes.set(xlabel="MB sent by all workers", xscale="log")
     by_step.legend()
-    for axes in (by_step, by_megabytes):
-        axes.grid(alpha=0.3)
-    path = pathlib.Path(folder) / "accuracy.png"
-    figure.savefig(path, dpi=150)
-    return [path]
+    return plots.save(figure, folder, "accuracy")
 
 
 def _curves(records):

@@ -77,7 +77,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield {"kind": "model", "wire": wire, "hosts": options.hosts, "compute_seconds": compute, "below": finite}
 
 
-def programs(problem: problems.Problem, devices: list[jax.Device], steps: int) -> dict[str, Callable[[], Any]]:
+def programs(problem: problems.Problem, devices: list, steps: int) -> dict[str, Callable[[], Any]]:
     """Functions that each make some steps, from where they were, with every way to agree."""
     count = len(devices)
     mesh = jax.make_mesh((count,), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)

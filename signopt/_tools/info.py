@@ -1,6 +1,6 @@
 """What a bug report needs: versions, devices, and flags of the environment.
 
-    python -m signopt info
+python -m signopt info
 """
 
 import argparse

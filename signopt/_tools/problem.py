@@ -72,31 +72,44 @@ def load(name: str) -> Problem:
         # A module that cannot import what it needs is the user's to see whole.
         found = getattr(importlib.import_module(module), function)
         if not callable(found):
-            raise AttributeError(f"{name} is a {type(found).__name__}")  # noqa: TRY301
+            raise AttributeError(f"{name} is a {type(found).__name__}")
     except (AttributeError, ValueError, ImportError) as error:
         if isinstance(error, ImportError) and not (error.name and (module + ".").startswith(error.name + ".")):
             raise
         raise UsageError(
             f"`--loss {name}` has to be package.module:function, for something that Python can import: {error}."
         ) from error
+    return of(found(), f"--loss {name}")
+
+
+def of(returned: Any, call: str = "of") -> Problem:
+    """Look at what a function has returned.
+
+    Args:
+      returned: `(params, loss, batches)`, it is hoped.
+      call: What an error names.
+
+    Raises:
+      UsageError: If it is something else.
+    """
     try:
-        params, loss, batches = found()
+        params, loss, batches = returned
         params, batches = jax.tree.map(jnp.asarray, (params, batches))
         sizes = {jnp.shape(x)[:1] for x in jax.tree.leaves(batches)}
         one = jax.tree.map(lambda x: x[0], batches)
     except (TypeError, ValueError, IndexError) as error:
-        raise UsageError(f"`--loss {name}` has to return (params, loss, batches): {error}.") from error
+        raise UsageError(f"`{call}` has to return (params, loss, batches): {error}.") from error
     if len(sizes) != 1:
         raise UsageError(
-            f"`--loss {name}` has to return batches whose leaves have one leading axis of mini-batches, got {sorted(sizes)}."
+            f"`{call}` has to return batches whose leaves have one leading axis of mini-batches, got {sorted(sizes)}."
         )
     shape = jax.eval_shape(loss, params, one)
     if getattr(shape, "shape", None) != ():
-        raise UsageError(f"`--loss {name}` has to return a loss that returns one scalar, got {shape}.")
+        raise UsageError(f"`{call}` has to return a loss that returns one scalar, got {shape}.")
     return Problem(params, loss, batches)
 
 
-def devices(count: int) -> list[jax.Device]:
+def devices(count: int) -> list:
     """So many devices: accelerators where there are enough, else a CPU that stands in for them.
 
     JAX reads the environment when it first looks for devices, so nothing may have used one before.
@@ -128,7 +141,9 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
     """
     widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
     lines = [
-        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
         for row in (columns, *rows)
     ]
     return "\n".join(line.rstrip() for line in lines)

@@ -1,6 +1,6 @@
 """What `mh_signsgd` may choose, on a network: the estimator of the learning rate, the smoothness, and the momentum.
 
-Four workers with 64 images each train the small network of digits (64-64-10), as in `experiments/papers/adaptive.py`, where a run
+Four workers with 64 images each train the small network of digits (64-64-10), as in the part `network`, where a run
 of the paper's convolutional network takes minutes. Every estimator runs with the smoothness of the paper, the number of
 parameters, and with the measured one, and the default with several betas; beside them voted signSGD and Signum with the
 best constant learning rate of a sweep, which see the test images to choose it. No figure of a paper.
@@ -12,11 +12,12 @@ import functools
 import pathlib
 
 import jax
-from matplotlib.figure import Figure
 import numpy as np
 import optax
 import rich.table
 
+from experiments.common import plots
+from experiments.common import progress
 from experiments.common import runners
 from experiments.common import trials
 from experiments.common.flags import flag
@@ -74,7 +75,7 @@ def run(config: Config) -> Iterator[Record]:
     Yields:
       A record for each.
     """
-    for name, (make, what, values) in methods(config).items():
+    for name, (make, what, values) in progress.track(methods(config).items(), "estimators"):
         settings, seeds = trials.grid(np.asarray(values, np.float32), seeds=config.seeds)
         found = trials.train(
             make,
@@ -134,23 +135,38 @@ def table(records: list[Record]) -> rich.table.Table:
     return drawn
 
 
+def summary(records: list[Record]) -> list[list[str]]:
+    """Accuracy by estimator and beta, and the best of the fixed learning rates."""
+    config, found = records[0]["config"], groups(records)
+    accuracy = {key: float(np.mean([record["test_accuracy"] for record in own])) for key, own in found.items()}
+    rows = [["digits: test accuracy", *(f"beta {beta:g}" for beta in config["betas"])]]
+    blank = [""] * len(config["betas"])
+    for name in dict.fromkeys(name for name, _ in found):
+        own = {setting: value for (method, setting), value in accuracy.items() if method == name}
+        if next(r for (method, _), (r, *_) in found.items() if method == name)["what"] == "beta":
+            rows.append([name, *(f"{own[beta]:.4f}" if beta in own else "" for beta in config["betas"])])
+        else:
+            best = max(own, key=own.__getitem__)
+            rows.append([f"{name}, the best rate of {len(own)}: {best:g}", f"{own[best]:.4f}", *blank[1:]])
+    return rows
+
+
 def plot(records: list[Record], folder: str) -> list[pathlib.Path]:
     """Draw accuracy against beta, and against the learning rate where that is fixed.
 
     Returns:
       The figures' files.
     """
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    axes = dict(zip(("beta", "learning rate"), figure.subplots(1, 2, sharey=True), strict=True))
+    config = records[0]["config"]
+    title = f"digits, {config['workers']} workers, {config['seeds']} seeds"
+    figure, found = plots.panels(2, title=title, columns=1, width=6.5)
+    axes = dict(zip(("beta", "learning rate"), found, strict=True))
     for name in dict.fromkeys(record["method"] for record in records[1:]):
         own = {setting: group for (method, setting), group in groups(records).items() if method == name}
-        means = [np.mean([record["test_accuracy"] for record in group]) for group in own.values()]
-        axes[next(iter(own.values()))[0]["what"]].plot(list(own), means, "o-", label=name)
+        accuracies = [[record["test_accuracy"] for record in group] for group in own.values()]
+        plots.band(axes[next(iter(own.values()))[0]["what"]], list(own), accuracies, label=name, marker="o")
     axes["learning rate"].set(xscale="log")
     for label, ax in axes.items():
-        ax.set(xlabel=label, ylabel="accuracy", ylim=(0.9, 1.0))
-        ax.legend(fontsize="small")
-        ax.grid(alpha=0.3)
-    path = pathlib.Path(folder) / "estimators.png"
-    figure.savefig(path, dpi=150)
-    return [path]
+        ax.set(xlabel=label, ylabel="test accuracy", ylim=(0.9, 1.0))
+        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return plots.save(figure, folder, "estimators")

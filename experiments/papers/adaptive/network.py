@@ -14,13 +14,14 @@ import statistics
 import time
 
 import jax
-from matplotlib.figure import Figure
 import numpy as np
 import optax
 import rich.table
 
 from experiments.common import data
 from experiments.common import models
+from experiments.common import plots
+from experiments.common import progress
 from experiments.common import runners
 from experiments.common.flags import flag
 from experiments.common.records import Record
@@ -65,17 +66,17 @@ def run(config: Config) -> Iterator[Record]:
     dataset = data.load(config.dataset, config.data_file)
     net = models.network(models.CNN, dataset.train_images.shape[1:])
     for name, make in ADAPTIVE.items():
-        for seed in range(config.seeds):
+        for seed in progress.track(range(config.seeds), f"{name}: seeds"):
             for record in _train(config, dataset, net, make(config.workers), seed):
                 yield {"method": name, "tuned": None} | record
     for name, make in SWEPT.items():
         accuracies = {}
-        for rate in config.learning_rates:
+        for rate in progress.track(config.learning_rates, f"{name}: learning rates"):
             for record in _train(config, dataset, net, make(rate, config.workers), seed=0):
                 yield {"method": name, "tuned": rate} | record
             accuracies[rate] = record["test_accuracy"]
         best = max(accuracies, key=accuracies.__getitem__)
-        for seed in range(1, config.seeds):
+        for seed in progress.track(range(1, config.seeds), f"{name}: seeds"):
             for record in _train(config, dataset, net, make(best, config.workers), seed):
                 yield {"method": name, "tuned": best} | record
 
@@ -155,38 +156,42 @@ def table(records: list[Record]) -> rich.table.Table:
     return drawn
 
 
+def kept(records: list[Record]) -> list[Record]:
+    """The last look of every run."""
+    last = records[0]["config"]["steps"]
+    return [records[0], *(record for record in records[1:] if record["step"] == last)]
+
+
 def plot(records: list[Record], folder: str) -> list[pathlib.Path]:
     """Draw test accuracy against steps, the sweeps, and the learning rates that were found.
 
     Returns:
       The figures' files.
     """
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    by_step, by_rate, found = figure.subplots(1, 3)
-    last = records[0]["config"]["steps"]
+    config = records[0]["config"]
+    title = f"{config['dataset']}, {config['workers']} workers, {config['seeds']} seeds"
+    figure, (by_step, by_rate, found) = plots.panels(3, title=title)
     for name, tuned in best_rates(records).items():
         own = [record for record in records[1:] if record["method"] == name]
         kept = [record for record in own if record["tuned"] == tuned]
         steps = sorted({record["step"] for record in kept})
-        seeds = [[record["test_accuracy"] for record in kept if record["step"] == step] for step in steps]
-        label = name if tuned is None else f"{name}, best rate {tuned:g}"
-        (line,) = by_step.plot(steps, [np.mean(s) for s in seeds], label=label)
-        by_step.fill_between(steps, [min(s) for s in seeds], [max(s) for s in seeds], color=line.get_color(), alpha=0.2)
+
+        def of_seeds(field, kept=kept, steps=steps):
+            return [[record[field] for record in kept if record["step"] == step] for step in steps]
+
+        label = name if tuned is None else f"{name}, rate {tuned:g}"
+        plots.band(by_step, steps, of_seeds("test_accuracy"), label=label)
         if tuned is None:
-            rates = [np.mean([record["learning_rate"] for record in kept if record["step"] == step]) for step in steps]
-            found.plot(steps, rates, color=line.get_color(), label=label)
-            by_rate.axhline(np.mean(seeds[-1]), color=line.get_color(), linestyle="--", label=label)
-        else:
-            ends = [record for record in own if record["seed"] == 0 and record["step"] == last]
-            by_rate.plot(
-                [record["tuned"] for record in ends], [record["test_accuracy"] for record in ends], "o-", label=name
+            plots.band(found, steps, of_seeds("learning_rate"), label=label)
+            by_rate.axhline(
+                float(np.mean(of_seeds("test_accuracy")[-1])), color=found.lines[-1].get_color(), label=label
             )
+        else:
+            ends = [r for r in own if r["seed"] == 0 and r["step"] == config["steps"]]
+            by_rate.plot([r["tuned"] for r in ends], [r["test_accuracy"] for r in ends], "o-", label=name)
     by_step.set(xlabel="steps", ylabel="test accuracy", ylim=(0.8, 1.0))
     by_rate.set(xlabel="learning rate", ylabel="test accuracy at the end", xscale="log")
     found.set(xlabel="steps", ylabel="learning rate that was found", yscale="log")
     for axes in (by_step, by_rate, found):
         axes.legend()
-        axes.grid(alpha=0.3)
-    path = pathlib.Path(folder) / "adaptive.png"
-    figure.savefig(path, dpi=150)
-    return [path]
+    return plots.save(figure, folder, "network")

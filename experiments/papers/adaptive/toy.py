@@ -13,11 +13,12 @@ import pathlib
 import jax
 from jax import lax
 import jax.numpy as jnp
-from matplotlib.figure import Figure
 import numpy as np
 import optax
 import rich.table
 
+from experiments.common import plots
+from experiments.common import progress
 from experiments.common import runners
 from experiments.common.flags import flag
 from experiments.common.records import Record
@@ -110,7 +111,7 @@ def run(config: Config) -> Iterator[Record]:
       averaged over runs, and the mean loss of the tail of each run.
     """
     steps = np.unique(np.geomspace(1, config.steps, 120).astype(int))
-    for name, (optimizer, voters, noise) in methods(config).items():
+    for name, (optimizer, voters, noise) in progress.track(methods(config).items(), "the parabola"):
         found, rates = losses(
             optimizer,
             voters=voters,
@@ -144,6 +145,35 @@ def table(records: list[Record]) -> rich.table.Table:
     return drawn
 
 
+def kept(records: list[Record]) -> list[Record]:
+    """What the table needs: no curve."""
+    return [records[0], *({name: r[name] for name in ("method", "voters", "tails")} for r in records[1:])]
+
+
+def summary(records: list[Record]) -> list[list[str]]:
+    """The mean loss at the end, a row for each number of voters."""
+    tails = {record["method"]: record["tails"] for record in records[1:]}
+    rows = [
+        [
+            "parabola: loss at the end",
+            "fixed rate",
+            "the paper's",
+            "the default, one bit",
+            "fixed / adaptive",
+            "expected",
+        ]
+    ]
+    for voters in sorted({record["voters"] for record in records[1:]} - {1}):
+        names = [f"{name}{voters} voters" for name in ("vote, ", "adaptive, the paper's, ", "adaptive, ")]
+        fixed, papers, default = (tails.get(name) for name in names)
+        if fixed is None:
+            continue
+        best, least = (default, 3) if default else (papers or [], 5)
+        means = [f"{np.mean(found):.3g}" if found else "" for found in (fixed, papers, default)]
+        rows.append([f"{voters} voters", *means, "{:.1f} ± {:.1f}".format(*ratio(fixed, best)), f"at least {least}"])
+    return rows
+
+
 def ratio(fixed: list[float], adaptive: list[float]) -> tuple[float, float]:
     """The ratio of two means over the same runs, and its jackknife standard error (0 for a single run)."""
     pairs = np.array([fixed, adaptive])
@@ -155,29 +185,22 @@ def ratio(fixed: list[float], adaptive: list[float]) -> tuple[float, float]:
 
 
 def plot(records: list[Record], folder: str) -> list[pathlib.Path]:
-    """Draw the losses and the learning rates that were found.
+    """Draw the losses and the learning rates that were found, means over runs.
 
     Returns:
       The figures' files.
     """
-    figure = Figure(figsize=(12, 4.5), layout="constrained")
-    loss, rate = figure.subplots(1, 2)
+    config = records[0]["config"]
+    figure, (loss, rate) = plots.panels(
+        2, title=f"noisy parabola in {DIMENSION} dimensions, {config['seeds']} runs", columns=1, width=7, height=4
+    )
     for record in records[1:]:
-        style = "--" if "no noise" in record["method"] else "-"
-        (line,) = loss.plot(record["steps"], np.maximum(record["losses"], 1e-6), style, label=record["method"])
+        (line,) = loss.plot(record["steps"], np.maximum(record["losses"], 1e-6), label=record["method"])
         if record["method"].startswith("adaptive"):
-            rate.plot(
-                record["steps"],
-                np.maximum(record["learning_rates"], 1e-6),
-                style,
-                color=line.get_color(),
-                label=record["method"],
-            )
+            style = {"color": line.get_color(), "linestyle": line.get_linestyle(), "label": record["method"]}
+            rate.plot(record["steps"], np.maximum(record["learning_rates"], 1e-6), **style)
     loss.set(xlabel="steps", ylabel="loss", yscale="log", xscale="log")
     rate.set(xlabel="steps", ylabel="learning rate that was found", yscale="log", xscale="log")
     for axes in (loss, rate):
-        axes.legend(fontsize="small")
-        axes.grid(alpha=0.3)
-    path = pathlib.Path(folder) / "toy_noise.png"
-    figure.savefig(path, dpi=150)
-    return [path]
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return plots.save(figure, folder, "toy")

@@ -12,12 +12,13 @@ import statistics
 
 import jax
 import jax.numpy as jnp
-from matplotlib.figure import Figure
 import numpy as np
 import optax
 import rich.table
 
 from experiments.common import optimizers
+from experiments.common import plots
+from experiments.common import progress
 from experiments.common import runners
 from experiments.common import trials
 from experiments.common.flags import flag
@@ -67,7 +68,7 @@ def run(config: Config) -> Iterator[Record]:
       A record for each border, seed, and whether there are faults.
     """
     rates, seeds = trials.grid((0.0, config.rate), seeds=config.seeds)
-    for border in config.borders:
+    for border in progress.track(config.borders, "faults"):
         recipe = optimizers.RECIPES["sgd" if border == "mean" else "signum"]
 
         def make(setting, border=border, recipe=recipe):
@@ -121,15 +122,13 @@ def plot(records: list[Record], folder: str) -> list[pathlib.Path]:
     Returns:
       The figures' files.
     """
-    borders = records[0]["config"]["borders"]
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
+    config = records[0]["config"]
+    borders = config["borders"]
+    title = f"digits, {config['workers']} workers, {config['faulty']} of them faulty"
+    figure, (axes,) = plots.panels(1, title=title, width=6)
     for offset, faults, label in ((-0.15, False, "clean"), (0.15, True, "with faults")):
         points = [(i + offset, a) for i, border in enumerate(borders) for a in accuracies(records, border, faults)]
         axes.plot(*zip(*points, strict=True), "o", alpha=0.5, label=label)
-    axes.set(xticks=range(len(borders)), xticklabels=borders, ylabel="test accuracy", ylim=(0, 1.02))
+    axes.set(xticks=range(len(borders)), xticklabels=borders, ylabel="test accuracy, each seed", ylim=(0, 1.02))
     axes.legend()
-    axes.grid(alpha=0.3)
-    path = pathlib.Path(folder) / "faults.png"
-    figure.savefig(path, dpi=150)
-    return [path]
+    return plots.save(figure, folder, "faults")

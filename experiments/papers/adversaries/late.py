@@ -14,12 +14,13 @@ from typing import NamedTuple
 import jax
 from jax import lax
 import jax.numpy as jnp
-from matplotlib.figure import Figure
 import numpy as np
 import optax
 import rich.table
 
 from experiments.common import optimizers
+from experiments.common import plots
+from experiments.common import progress
 from experiments.common import runners
 from experiments.common import trials
 from experiments.common.flags import flag
@@ -88,11 +89,11 @@ def run(config: Config) -> Iterator[Record]:
     Yields:
       A record for each problem, method, delay, noise and seed, with an accuracy or a loss.
     """
-    for method in METHODS:
-        for delay in config.delays:
-            for problem, train in (("quadratic", _quadratic), ("digits", _digits)):
-                for record in train(config, method, delay, (0.0,)):
-                    yield {"problem": problem, "varied": "delay", "method": method} | record
+    for method, delay in progress.track([(m, d) for m in METHODS for d in config.delays], "late ballots"):
+        for problem, train in (("quadratic", _quadratic), ("digits", _digits)):
+            for record in train(config, method, delay, (0.0,)):
+                yield {"problem": problem, "varied": "delay", "method": method} | record
+    for method in progress.track(METHODS, "shared noise"):
         for record in _digits(config, method, 0, config.noise):
             yield {"problem": "digits", "varied": "noise", "method": method} | record
 
@@ -168,27 +169,37 @@ def table(records: list[Record]) -> rich.table.Table:
     return drawn
 
 
+def summary(records: list[Record]) -> list[list[list[str]]]:
+    """A row for each problem and method: one table of delays, one of noise."""
+    tables = {}
+    for problem, varied, label in _PANELS:
+        for method in METHODS:
+            points = curve(records, problem, varied, method)
+            header = [
+                f"late ballots: {varied}" if varied == "delay" else "shared noise",
+                *(f"{v:g}" for v, _ in points),
+            ]
+            row = [f"{problem}, {method}: {label}", *(f"{statistics.mean(found):.3f}" for _, found in points)]
+            tables.setdefault(varied, [header]).append(row)
+    return list(tables.values())
+
+
 def plot(records: list[Record], folder: str) -> list[pathlib.Path]:
     """Draw the loss and the accuracy against the delay, and the accuracy against the noise.
 
     Returns:
       The figures' files.
     """
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    for axes, (problem, varied, label) in zip(figure.subplots(1, 3), _PANELS, strict=True):
+    config = records[0]["config"]
+    figure, panels = plots.panels(3, title=f"{config['workers']} workers, {config['seeds']} seeds")
+    for axes, (problem, varied, label) in zip(panels, _PANELS, strict=True):
         for method in METHODS:
             points = curve(records, problem, varied, method)
-            values = [value for value, _ in points]
-            (line,) = axes.plot(values, [statistics.mean(found) for _, found in points], marker=".", label=method)
-            lowest, highest = ([pick(found) for _, found in points] for pick in (min, max))
-            axes.fill_between(values, lowest, highest, color=line.get_color(), alpha=0.2)
+            plots.band(axes, [value for value, _ in points], [found for _, found in points], label=method, marker=".")
         axes.set(title=problem, xlabel={"delay": "delay in steps", "noise": "noise in votes"}[varied], ylabel=label)
         if varied == "delay":
             axes.set_xscale("symlog", linthresh=1)
         if problem == "quadratic":
             axes.set_yscale("log")
         axes.legend()
-        axes.grid(alpha=0.3)
-    path = pathlib.Path(folder) / "stale.png"
-    figure.savefig(path, dpi=150)
-    return [path]
+    return plots.save(figure, folder, "late")

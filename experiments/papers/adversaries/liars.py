@@ -16,12 +16,14 @@ import statistics
 import jax
 from jax import lax
 import jax.numpy as jnp
-from matplotlib.figure import Figure
 import numpy as np
 import optax
 import rich.table
 
 from experiments.common import optimizers
+from experiments.common import plots
+from experiments.common import progress
+from experiments.common import report
 from experiments.common import runners
 from experiments.common import trials
 from experiments.common.flags import flag
@@ -67,9 +69,9 @@ def run(config: Config) -> Iterator[Record]:
     Yields:
       A record for each method, kind, number of adversaries and seed; one for each number of adversaries on the quadratic.
     """
-    for method in config.methods:
-        for kind in config.kinds:
-            yield from _train(config, method, kind, config.steps, config.batch_size)
+    pairs = [(method, kind) for method in config.methods for kind in config.kinds]
+    for method, kind in progress.track(pairs, "liars"):
+        yield from _train(config, method, kind, config.steps, config.batch_size)
     if config.more > 1 and "signum + vote" in config.methods:
         for steps, batch in ((config.more, 1), (1, config.more)):
             yield from _train(config, "signum + vote", "inverted", steps * config.steps, batch * config.batch_size)
@@ -200,39 +202,40 @@ def table(records: list[Record]) -> rich.table.Table:
     return drawn
 
 
+def summary(records: list[Record]) -> list[list[str]]:
+    """The table's rows of what votes and what lies loudest, and the bound."""
+    header, *rows = report.cells(table(records))
+    shown = [row for row in rows if row[0] != "vote" or row[1] in ("inverted", "colluding")]
+    shown = [row for row in shown if "vote" in row[0] or row[1] in ("inverted", "scaled")]
+    return [["among nine, " + header[0], *header[1:]], *shown]
+
+
 def plot(records: list[Record], folder: str) -> list[pathlib.Path]:
     """Draw accuracy against the number of adversaries, a panel for each kind, and the bound.
 
     Returns:
       The figures' files.
     """
-    kinds = records[0]["config"]["kinds"]
-    rows = -(-(len(kinds) + 1) // 3)
-    figure = Figure(figsize=(12, 3.5 * rows), layout="constrained")
-    panels = list(figure.subplots(rows, 3, squeeze=False).flat)
-    for unused in panels[len(kinds) + 1 :]:
-        unused.set_axis_off()
-    *panels, last = panels[: len(kinds) + 1]
-    for panel, kind in zip(panels, kinds, strict=True):
+    config = records[0]["config"]
+    title = f"digits, {config['workers']} workers, {config['seeds']} seeds"
+    bounds = [record for record in records[1:] if record["method"] == "theorem 2"]
+    figure, panels = plots.panels(len(config["kinds"]) + bool(bounds), title=title)
+    for panel, kind in zip(panels, config["kinds"], strict=False):
         for label, of, found in _lines(records):
             if of == kind:
                 bad = sorted(found)
-                (line,) = panel.plot(bad, [statistics.mean(found[k]) for k in bad], marker=".", label=label)
-                lowest, highest = ([pick(found[k]) for k in bad] for pick in (min, max))
-                panel.fill_between(bad, lowest, highest, color=line.get_color(), alpha=0.15)
+                plots.band(panel, bad, [found[k] for k in bad], label=label, marker=".")
         panel.set(title=kind, xlabel="adversaries", ylabel="test accuracy", ylim=(0, 1))
         panel.legend(fontsize=7)
-    bounds = [record for record in records[1:] if record["method"] == "theorem 2"]
-    bad = [record["adversaries"] for record in bounds]
-    for field, label in (("bound", "Theorem 2"), ("norm", "measured")):
-        last.plot(bad, [record[field] for record in bounds], marker=".", label=label)
-    last.set(title="inverted, quadratic", xlabel="adversaries", ylabel="mean l1 norm of the gradient", ylim=(0, None))
-    last.legend()
-    for panel in (*panels, last):
-        panel.grid(alpha=0.3)
-    path = pathlib.Path(folder) / "adversaries.png"
-    figure.savefig(path, dpi=150)
-    return [path]
+    if bounds:
+        bad = [record["adversaries"] for record in bounds]
+        for field, label in (("bound", "theorem 2"), ("norm", "measured")):
+            panels[-1].plot(bad, [record[field] for record in bounds], marker=".", label=label)
+        panels[-1].set(
+            title="inverted, quadratic", xlabel="adversaries", ylabel="mean l1 norm of gradient", ylim=(0, None)
+        )
+        panels[-1].legend()
+    return plots.save(figure, folder, "liars")
 
 
 def _lines(records):

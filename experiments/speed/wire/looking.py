@@ -18,19 +18,20 @@ from typing import Any, cast
 import jax
 from jax import lax
 import jax.numpy as jnp
-from matplotlib.figure import Figure
 import optax
 import rich.table
 
 from experiments.common import devices
+from experiments.common import plots
+from experiments.common import progress
 from experiments.common import runners
-from signopt._tools import timing
 from experiments.common.flags import flag
 from experiments.common.records import Record
 import signopt
 from signopt import diagnostics
 from signopt import step_size
 from signopt import wire as wires
+from signopt._tools import timing
 
 AXIS = runners.AXIS
 LIMITS = {"vote": 1.30, "Welford pass": 1.2, "check": None}
@@ -60,7 +61,8 @@ def run(config: Config) -> Iterator[Record]:
     """
     pairs = (("vote", *votes(config)), ("Welford pass", *passes(config)), ("check", *checks(config)))
     for kind, size, plain, more in pairs:
-        seconds = timing.take_turns({"plain": plain, "more": more}, config.rounds)
+        with progress.telling(kind) as tell:
+            seconds = timing.take_turns({"plain": plain, "more": more}, config.rounds, tell)
         yield {"kind": kind, "parameters": size, "limit": LIMITS[kind]} | seconds
 
 
@@ -165,19 +167,25 @@ def table(records: list[Record]) -> rich.table.Table:
     return drawn
 
 
+def summary(records: list[Record]) -> list[list[str]]:
+    """Medians of the ratios."""
+    rows = [["what", "measured, median (quartiles)", "to expect, at most"]]
+    for r in records[1:]:
+        low, middle, high = timing.quartiles(ratios(r))
+        limit = f"{r['limit']:g}" if r["limit"] else ""
+        rows.append([f"looking: {r['kind']}, over the same without", f"{middle:.2f} ({low:.2f} to {high:.2f})", limit])
+    return rows
+
+
 def plot(records: list[Record], folder: str) -> list[pathlib.Path]:
     """Draw the ratios of all rounds and the limits.
 
     Returns:
       The figures' files.
     """
-    figure = Figure(figsize=(5, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.boxplot([ratios(r) for r in records[1:]], tick_labels=[r["kind"] for r in records[1:]])
-    for i, r in ((i, r) for i, r in enumerate(records[1:], start=1) if r["limit"]):
-        axes.hlines(r["limit"], i - 0.3, i + 0.3, color="grey", linestyle="--", label="limit" if i == 1 else "")
-    axes.set(ylabel="time, as a multiple of the plain program's")
-    axes.legend()
-    path = pathlib.Path(folder) / "vote_cost.png"
-    figure.savefig(path, dpi=150)
-    return [path]
+    config = records[0]["config"]
+    figure, (axes,) = plots.panels(1, title=f"{config['workers']} workers on one machine", width=6.5)
+    limits = {r["kind"]: r["limit"] for r in records[1:] if r["limit"]}
+    plots.boxes(axes, {r["kind"]: ratios(r) for r in records[1:]}, limits=limits)
+    axes.set(xlabel="time over that without (dashed: limit)")
+    return plots.save(figure, folder, "looking")

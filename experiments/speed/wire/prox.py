@@ -14,11 +14,12 @@ import time
 
 import jax
 import jax.numpy as jnp
-from matplotlib.figure import Figure
 import numpy as np
 import optax
 import rich.table
 
+from experiments.common import plots
+from experiments.common import progress
 from experiments.common.flags import flag
 from experiments.common.records import Record
 import signopt
@@ -61,7 +62,7 @@ def run(config: Config) -> Iterator[Record]:
     states = {name: start(jax.random.normal(jax.random.key(1), shape)) for name, (start, _) in steps.items()}
     seconds = {name: [] for name in steps}
     *light, heavy = steps  # its temporary memory slows down whatever comes after it
-    for name in light * config.repeats + [heavy] * config.repeats:
+    for name in progress.track(light * config.repeats + [heavy] * config.repeats, "proximal steps"):
         for is_timed in (False, True):  # first without: compilation, and caches and pages of the program before
             begin = time.perf_counter()
             states[name] = jax.block_until_ready(steps[name][1](states[name], grads))
@@ -69,7 +70,7 @@ def run(config: Config) -> Iterator[Record]:
                 seconds[name].append(time.perf_counter() - begin)
     for name, times in seconds.items():
         yield {"kind": "step", "name": name, "size": grads.size, "seconds": times}
-    for size in config.points:
+    for size in progress.track(config.points, "total variation"):
         denoise = jax.jit(lambda y: proxes.total_variation(config.strength)(y, 1.0))
         for name, signal in _signals(size).items():
             signal = jnp.asarray(signal, jnp.float32)
@@ -120,20 +121,33 @@ def table(records: list[Record]) -> rich.table.Table:
     return drawn
 
 
+def summary(records: list[Record]) -> list[list[str]]:
+    """The fastest steps over the fastest of `optax.signum`, and the spread of total variation's time per point."""
+    rows = [["what", "measured, median (quartiles)", "to expect, at most"]]
+    signum = min(records[1]["seconds"])
+    for r in (r for r in records[2:] if r["kind"] == "step"):
+        limit = "" if "groups" in r["name"] else "1.3"
+        rows.append([f"prox: {r['name']}, over `optax.signum`, fastest", f"{min(r['seconds']) / signum:.2f}", limit])
+    per_point = {}
+    for r in (r for r in records[1:] if r["kind"] == "total variation"):
+        per_point.setdefault(r["name"], []).append(1e9 * min(r["seconds"]) / r["size"])
+    found = "; ".join(f"{name} {', '.join(f'{ns:.0f}' for ns in all_)}" for name, all_ in per_point.items())
+    sizes = " to ".join(f"{size:,}" for size in (records[0]["config"]["points"][0], records[0]["config"]["points"][-1]))
+    rows.append([f"prox: total variation, ns per point, {sizes} points", found, "the same at every length"])
+    return rows
+
+
 def plot(records: list[Record], folder: str) -> list[pathlib.Path]:
     """Draw the time of total variation against the length.
 
     Returns:
       The figures' files.
     """
-    figure = Figure(figsize=(5, 4), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = plots.panels(1, title="total variation, one worker", width=6)
     chains = [record for record in records[1:] if record["kind"] == "total variation"]
     for name in dict.fromkeys(record["name"] for record in chains):
         mine = [record for record in chains if record["name"] == name]
         axes.plot([r["size"] for r in mine], [min(r["seconds"]) for r in mine], marker=".", label=name)
-    axes.set(xlabel="points", ylabel="seconds", xscale="log", yscale="log")
+    axes.set(xlabel="points", ylabel="seconds, fastest", xscale="log", yscale="log")
     axes.legend()
-    file = pathlib.Path(folder) / "total_variation.png"
-    figure.savefig(file, dpi=150)
-    return [file]
+    return plots.save(figure, folder, "total_variation")

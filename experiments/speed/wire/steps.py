@@ -17,16 +17,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from matplotlib.figure import Figure
 import optax
 import rich.table
 
 from experiments.common import devices
+from experiments.common import plots
+from experiments.common import progress
 from experiments.common import runners
-from signopt._tools import timing
 from experiments.common.flags import flag
 from experiments.common.records import Record
 import signopt
+from signopt._tools import timing
 
 AXIS = runners.AXIS
 RATE = 1e-3
@@ -71,18 +72,19 @@ def run(config: Config) -> Iterator[Record]:
                 kind: local_step(make(), config.parameters, leaves) for kind, make in zip(KINDS, pair, strict=True)
             }
             memory = {kind: temporary_bytes(step) for kind, step in steps.items()}
-            seconds = timing.take_turns({kind: step.program for kind, step in steps.items()}, config.rounds)
+            with progress.telling(f"{name}, {leaves} leaves") as tell:
+                seconds = timing.take_turns({kind: step.program for kind, step in steps.items()}, config.rounds, tell)
             yield {"kind": "step", "name": f"{name}, {leaves} leaves", "temporary_bytes": memory} | seconds
     plain = optax.chain(signopt.mean(AXIS), optax.lion(RATE))
     for sizes in config.voted_sizes:
         for name, tx in voted(config.workers).items():
             found = {kind: [] for kind in KINDS}
-            for _ in range(config.compilations):
+            for _ in progress.track(range(config.compilations), f"compiling {name}, {sizes} sizes"):
                 for kind, each in zip(KINDS, (plain, tx), strict=True):
                     found[kind].append(compilation(each, config, sizes))
             yield {"kind": "compile", "name": f"{name}, {sizes} sizes"} | found
     found = {kind: [] for kind in KINDS}
-    for _ in range(config.imports):
+    for _ in progress.track(range(config.imports), "imports"):
         for kind, package in zip(KINDS, ("optax", "signopt"), strict=True):
             found[kind].append(import_seconds(package))
     yield {"kind": "import", "name": "signopt against optax"} | found
@@ -184,24 +186,28 @@ def table(records: list[Record]) -> rich.table.Table:
     return drawn
 
 
+def summary(records: list[Record]) -> list[list[str]]:
+    """Medians of the ratios."""
+    rows = [["what", "measured, median (quartiles)", "to expect, at most"]]
+    for r in records[1:]:
+        low, middle, high = timing.quartiles(timing.ratios(r["ours"], r["plain"]))
+        limit = f"{LIMITS.get(r['kind'], 1):g}"
+        rows.append([f"steps: {r['kind']}, {r['name']}", f"{middle:.2f} ({low:.2f} to {high:.2f})", limit])
+    return rows
+
+
 def plot(records: list[Record], folder: str) -> list[pathlib.Path]:
     """Draw the ratios of all rounds and the limits.
 
     Returns:
       The figures' files.
     """
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    axes.boxplot(
-        [timing.ratios(r["ours"], r["plain"]) for r in records[1:]],
-        tick_labels=[f"{r['kind']}: {r['name']}" for r in records[1:]],
-        orientation="horizontal",
-    )
-    for i, r in enumerate(records[1:], start=1):
-        if r["kind"] in LIMITS:
-            axes.vlines(LIMITS[r["kind"]], i - 0.3, i + 0.3, color="grey", linestyle="--")
+    config = records[0]["config"]
+    title = f"steps of one worker; compiled for {config['workers']} workers"
+    figure, (axes,) = plots.panels(1, title=title, width=7.5, height=5)
+    ratios = {f"{r['kind']}: {r['name']}": timing.ratios(r["ours"], r["plain"]) for r in records[1:]}
+    limits = {f"{r['kind']}: {r['name']}": LIMITS[r["kind"]] for r in records[1:] if r["kind"] in LIMITS}
+    plots.boxes(axes, ratios, limits=limits)
     axes.axvline(1, color="grey", linewidth=0.5)
-    axes.set(xlabel="time, as a multiple of the plain program's (dashed: limits)")
-    path = pathlib.Path(folder) / "step_time.png"
-    figure.savefig(path, dpi=150)
-    return [path]
+    axes.set(xlabel="time over the plain program's (dashed: limit)")
+    return plots.save(figure, folder, "steps")

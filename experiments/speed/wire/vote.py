@@ -17,13 +17,13 @@ from typing import Any
 import jax
 from jax import lax
 import jax.numpy as jnp
-from matplotlib.figure import Figure
 import optax
 import rich.table
 
 from experiments.common import devices
+from experiments.common import plots
+from experiments.common import progress
 from experiments.common import runners
-from signopt._tools import timing
 from experiments.common.flags import flag
 from experiments.common.records import Record
 import signopt
@@ -31,6 +31,7 @@ from signopt import _bits
 from signopt import sign
 from signopt import vote
 from signopt import wire as wires
+from signopt._tools import timing
 
 AXIS = runners.AXIS
 LIMITS = {"decisions": {"one_bit": 0.35, "two_bit": 0.35}, "apply": {"one_bit": 0.7, "two_bit": 0.9}}
@@ -58,14 +59,16 @@ def run(config: Config) -> Iterator[Record]:
     """
     for leaves in config.leaves:
         for kind, programs in (("decisions", decisions), ("apply", applied)):
-            seconds = timing.take_turns(programs(config, leaves), config.rounds)
+            with progress.telling(f"{kind}, {leaves} leaves") as tell:
+                seconds = timing.take_turns(programs(config, leaves), config.rounds, tell)
             for name, times in seconds.items():
                 yield {
                     "kind": "program", "program": kind, "wire": name, "leaves": leaves, "parameters": config.parameters,
                     "workers": config.workers, "seconds": times,
                 }  # fmt: skip
     found = stages(config)
-    seconds = timing.take_turns({key: stage.program for key, stage in found.items()}, config.rounds)
+    with progress.telling("stages") as tell:
+        seconds = timing.take_turns({key: stage.program for key, stage in found.items()}, config.rounds, tell)
     for (name, planes, voters), times in seconds.items():
         yield {
             "kind": "stage", "stage": name, "planes": planes, "workers": voters, "parameters": config.parameters,
@@ -231,33 +234,34 @@ def table(records: list[Record]) -> rich.table.Table:
     return drawn
 
 
+def summary(records: list[Record]) -> list[list[str]]:
+    """Medians of the ratios to the float32 mean."""
+    rows = [["what", "measured, median (quartiles)", "to expect, at most"]]
+    for r, ratios in programs(records):
+        if r["wire"] in ("one_bit", "two_bit"):
+            low, middle, high = timing.quartiles(ratios)
+            what = f"vote: {r['program']}, {r['leaves']} leaves, {r['wire']}, over a float32 mean"
+            rows.append([what, f"{middle:.2f} ({low:.2f} to {high:.2f})", f"{LIMITS[r['program']][r['wire']]:g}"])
+    return rows
+
+
 def plot(records: list[Record], folder: str) -> list[pathlib.Path]:
     """Draw the programs' times over the mean's, and the stages' bandwidth over a copy's.
 
     Returns:
       The figures' files.
     """
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    of_programs, of_stages = figure.subplots(1, 2)
-    found = [(r, ratios) for r, ratios in programs(records) if r["wire"] != "mean"]
-    of_programs.boxplot(
-        [ratios for _, ratios in found],
-        tick_labels=[f"{r['program']}, {r['leaves']}, {r['wire']}" for r, _ in found],
-        orientation="horizontal",
-    )
-    for i, (r, _) in enumerate(found, start=1):
-        limit = LIMITS[r["program"]].get(r["wire"])
-        if limit is not None:
-            of_programs.vlines(limit, i - 0.3, i + 0.3, color="grey", linestyle="--")
+    config = records[0]["config"]
+    title = f"{config['parameters']:,} parameters, {config['workers']} workers on one machine"
+    figure, (of_programs, of_stages) = plots.panels(2, title=title, columns=1, width=7, height=5)
+    names = {id(r): f"{r['program']}, {r['leaves']} leaves, {r['wire']}" for r, _ in programs(records)}
+    found = {names[id(r)]: ratios for r, ratios in programs(records) if r["wire"] != "mean"}
+    limits = {names[id(r)]: LIMITS[r["program"]].get(r["wire"]) for r, _ in programs(records)}
+    plots.boxes(of_programs, found, limits={name: limit for name, limit in limits.items() if limit})
     of_programs.axvline(1, color="grey", linewidth=0.5)
-    of_programs.set(xlabel="time, as a multiple of the float32 mean's (dashed: limits)")
+    of_programs.set(xlabel="time over that of a float32 mean (dashed: limit)")
     copy, *others = (r for r in records[1:] if r["kind"] == "stage")
-    of_stages.boxplot(
-        [share_of_copy(r, copy) for r in others],
-        tick_labels=[f"{r['stage']}, {r['planes']}, {r['workers']}" for r in others],
-        orientation="horizontal",
-    )
-    of_stages.set(xlabel="bytes per second, as a share of a copy's (stage, bits, voters)")
-    path = pathlib.Path(folder) / "wire.png"
-    figure.savefig(path, dpi=150)
-    return [path]
+    shares = {f"{r['stage']}, {r['planes']} bits, {r['workers']} voters": share_of_copy(r, copy) for r in others}
+    plots.boxes(of_stages, shares)
+    of_stages.set(xlabel="bytes per second, as a share of a copy's")
+    return plots.save(figure, folder, "vote")

@@ -13,12 +13,12 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
-from matplotlib.figure import Figure
 import numpy as np
 import optax
-import rich.progress
 import rich.table
 
+from experiments.common import plots
+from experiments.common import progress
 from experiments.common.flags import flag
 from experiments.common.records import Record
 import signopt
@@ -55,7 +55,7 @@ def run(config: Config) -> Iterator[Record]:
       A record for each problem, method, seed and look; the last look also has what was found.
     """
     with jax.enable_x64(True):
-        for seed in rich.progress.track(range(config.seeds), "seeds"):
+        for seed in progress.track(range(config.seeds), "seeds"):
             rng = np.random.default_rng(seed)
             for condition in config.condition:
                 yield from _complete(config, rng, condition, seed)
@@ -147,6 +147,12 @@ def ends(records: list[Record]) -> list[Record]:
     return [record for record in records[1:] if record["step"] == last]
 
 
+def kept(records: list[Record]) -> list[Record]:
+    """The last look of each run, without the signals."""
+    signals = ("clean", "noisy", "found")
+    return [records[0], *({k: v for k, v in r.items() if k not in signals} for r in ends(records))]
+
+
 def table(records: list[Record]) -> rich.table.Table:
     """Where each method ends: the median over seeds."""
     drawn = rich.table.Table(title=f"after {ends(records)[0]['step']} steps and a polish, median over seeds")
@@ -168,6 +174,22 @@ def table(records: list[Record]) -> rich.table.Table:
     return drawn
 
 
+def summary(records: list[Record]) -> list[list[str]]:
+    """Where SignProx ends, as the median over seeds."""
+    rows = [["problem", "measured", "to expect"]]
+    for problem in dict.fromkeys(record["problem"] for record in records[1:]):
+        for method in ("signprox", "signprox, falling"):
+            mine = [r for r in ends(records) if r["problem"] == problem and r["method"] == method]
+            gap = float(np.median([r["gap_after_polish"] / r["minimum"] for r in mine]))
+            found, name = ("rank", "unseen_error") if "rank" in mine[0] else ("pieces", "error")
+            size, error = (float(np.median([r[field] for r in mine])) for field in (found, name))
+            expected = "the minimum" if method == "signprox" else "stalls above it"
+            rows.append(
+                [f"{problem}: {method}", f"gap / minimum {gap:.0e}, {found} {size:g}, error {error:.3f}", expected]
+            )
+    return rows
+
+
 def plot(records: list[Record], folder: str) -> list[pathlib.Path]:
     """Draw the gap against steps, the singular values and the signal, for seed 0.
 
@@ -176,25 +198,23 @@ def plot(records: list[Record], folder: str) -> list[pathlib.Path]:
     """
     mine = [record for record in records[1:] if record["seed"] == 0]
     problems = list(dict.fromkeys(record["problem"] for record in mine))
-    figure = Figure(figsize=(4.5 * len(problems), 6.5), layout="constrained")
-    axes = figure.subplots(2, len(problems), squeeze=False)
+    figure, panels = plots.panels(2 * len(problems), title="one worker, seed 0")
     for column, problem in enumerate(problems):
-        above, below = axes[0][column], axes[1][column]
+        above, below = panels[2 * column : 2 * column + 2]
         for method in METHODS:
             looks = [record for record in mine if record["problem"] == problem and record["method"] == method]
             above.plot([r["step"] for r in looks], [max(r["gap"] / r["minimum"], 1e-12) for r in looks], label=method)
             if "singular_values" in looks[-1]:
                 values = np.maximum(looks[-1]["singular_values"], 1e-9)
                 below.plot(range(1, len(values) + 1), values, marker=".", label=method)
-        above.set(title=problem, xlabel="steps", ylabel="gap / minimum", yscale="log")
+        above.set(title=problem, xlabel="steps", ylabel="gap over minimum", yscale="log")
         if problem == "denoising":
             found = next(r for r in ends(mine[:1] + mine) if r["problem"] == problem and r["method"] == "signprox")
             for name, width in (("noisy", 0.3), ("clean", 2.0), ("found", 1.0)):
-                below.plot(found[name], linewidth=width, label=name)
+                below.plot(found[name], "-", linewidth=width, label=name)
+            below.set(xlabel="point", ylabel="signal")
         else:
-            below.set(xlabel="singular value", yscale="log")
+            below.set(xlabel="number of the singular value", ylabel="singular value", yscale="log")
         below.legend(fontsize=7)
-    axes[0][0].legend(fontsize=7)
-    file = pathlib.Path(folder) / "low_rank.png"
-    figure.savefig(file, dpi=150)
-    return [file]
+    panels[0].legend(fontsize=7)
+    return plots.save(figure, folder, "arrays")

@@ -14,13 +14,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from matplotlib.figure import Figure
 import numpy as np
 import optax
-import rich.progress
 import rich.table
 
+from experiments.common import plots
 from experiments.common import problems
+from experiments.common import progress
 from experiments.common.flags import flag
 from experiments.common.records import Record
 import signopt
@@ -119,18 +119,12 @@ def run(config: Config) -> Iterator[Record]:
     Yields:
       A record for each problem, method, seed and look.
     """
-    columns = ("{task.description}", rich.progress.BarColumn(), rich.progress.MofNCompleteColumn(), "steps")
-    with rich.progress.Progress(*columns, rich.progress.TimeElapsedColumn()) as progress:
-        for name in config.problem:
-            problem = PROBLEMS[name]()
-            for method, recipe in METHODS.items():
-                if recipe.votes and name != "lasso":
-                    continue
-                steps = config.steps or STEPS[name]
-                task = progress.add_task(f"{name}: {method}", total=steps)
-                for record in _minimize(config, problem, recipe, steps):
-                    progress.update(task, completed=record["step"])
-                    yield {"problem": name, "method": method} | record
+    for name in config.problem:
+        problem, steps = PROBLEMS[name](), config.steps or STEPS[name]
+        methods = {method: recipe for method, recipe in METHODS.items() if name == "lasso" or not recipe.votes}
+        for method, recipe in progress.track(methods.items(), name):
+            for record in _minimize(config, problem, recipe, steps):
+                yield {"problem": name, "method": method} | record
 
 
 def _minimize(config, problem, recipe, steps):
@@ -211,36 +205,72 @@ def table(records: list[Record]) -> rich.table.Table:
     return drawn
 
 
+def kept(records: list[Record]) -> list[Record]:
+    """The end of each run."""
+    return [records[0], *(record for ends in final(records).values() for record in ends)]
+
+
+EXPECTED = {
+    ("lasso", "signprox, one worker"): "gap at most 1e-6, the same support",
+    ("lasso", "signprox, voted"): "at most 2 x the gap of proximal SGD",
+    ("breast_cancer", "signprox, one worker"): "relative gap at most 1e-4, the same support",
+    ("digits", "signprox, one worker"): "relative gap at most 1e-4, the same support",
+    ("lasso", "prox of sign"): "stays far above the minimum",
+}
+
+
+def summary(records: list[Record]) -> list[list[str]]:
+    """Where each method ends, and what was expected."""
+    rows = [["problem", "measured", "to expect"]]
+    for (problem, method), ends in final(records).items():
+        if method in ("proximal gradient", "prox of voted sign") or (problem != "lasso" and method == "prox of sign"):
+            continue
+        mean = {
+            name: statistics.mean(r[name] for r in ends) for name in ends[0] if isinstance(ends[0][name], int | float)
+        }
+        sent = f", {mean['bits_per_parameter'] / 1000:.3g} kbit per parameter" if mean["bits_per_parameter"] else ""
+        gaps = f"gap {mean['gap']:.1e}, relative {mean['relative_gap']:.1e}"
+        support = (
+            f"{mean['support_errors']:.1f} of {len(ends) and ends[0]['support_of_minimizer']} wrong in the support"
+        )
+        rows.append([f"{problem}: {method}", f"{gaps}, {support}{sent}", EXPECTED.get((problem, method), "")])
+    return rows
+
+
 def plot(records: list[Record], folder: str) -> list[pathlib.Path]:
     """Draw gap and support against steps, and on the lasso with noise the gap against bits.
 
     Returns:
       The figures' files.
     """
+    config = records[0]["config"]
     names = list(dict.fromkeys(record["problem"] for record in records[1:]))
-    figure = Figure(figsize=(13, 3.6 * len(names)), layout="constrained")
-    for row, name in zip(figure.subplots(len(names), 3, squeeze=False), names, strict=True):
+    with_bits = [name for name in names if any(r["bits_per_parameter"] for r in records[1:] if r["problem"] == name)]
+    title = f"{', '.join(names)}; with noise {config['workers']} workers, {config['seeds']} seeds"
+    figure, panels = plots.panels(2 * len(names) + len(with_bits), title=title, width=4.6)
+    panels = iter(panels)
+    for name in names:
+        gap, support, *bits = next(panels), next(panels), *([next(panels)] if name in with_bits else [])
         mine = [record for record in records[1:] if record["problem"] == name]
         for method in dict.fromkeys(record["method"] for record in mine):
             looks = [record for record in mine if record["method"] == method]
             steps = sorted({record["step"] for record in looks})
-            mean = lambda field, looks=looks, steps=steps: [  # noqa: E731
-                statistics.mean(r[field] for r in looks if r["step"] == step) for step in steps
-            ]
-            gaps = np.maximum(mean("gap"), 1e-9)
-            row[0].plot(steps, gaps, label=method)
-            row[1].plot(steps, mean("nonzero"), label=method)
+
+            def of_seeds(field, looks=looks, steps=steps):
+                return [[r[field] for r in looks if r["step"] == step] for step in steps]
+
+            gaps = np.maximum([statistics.mean(found) for found in of_seeds("gap")], 1e-9)
+            gap.plot(steps, gaps, label=method)
+            plots.band(support, steps, of_seeds("nonzero"), label=method)
             if looks[-1]["bits_per_parameter"]:
-                row[2].plot(mean("bits_per_parameter"), gaps, label=method)
-        row[0].set(xlabel="steps", ylabel=f"{name}: gap to the minimum", yscale="log")
-        row[1].set(xlabel="steps", ylabel="entries that are not zero")
-        row[1].axhline(mine[0]["support_of_minimizer"], color="black", linewidth=0.5)
-        row[2].set(xlabel="bits sent per parameter and worker", yscale="log")
-        if row[2].lines:
-            row[2].set_xscale("log")
-        else:
-            row[2].set_axis_off()
-        row[0].legend(fontsize=7)
-    file = pathlib.Path(folder) / "gap.png"
-    figure.savefig(file, dpi=150)
-    return [file]
+                style = {"color": gap.lines[-1].get_color(), "linestyle": gap.lines[-1].get_linestyle()}
+                bits[0].plot([found[0] for found in of_seeds("bits_per_parameter")], gaps, label=method, **style)
+        gap.set(title=name, xlabel="steps", ylabel="gap to the minimum", yscale="log")
+        support.set(title=name, xlabel="steps", ylabel="entries that are not zero")
+        support.axhline(mine[0]["support_of_minimizer"], color="black", linewidth=0.5)
+        gap.legend(fontsize=7)
+        for axes in bits:
+            axes.set(
+                title=name, xlabel="bits sent per parameter", ylabel="gap to the minimum", xscale="log", yscale="log"
+            )
+    return plots.save(figure, folder, "known")

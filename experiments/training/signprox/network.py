@@ -19,14 +19,14 @@ import statistics
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from matplotlib.figure import Figure
 import numpy as np
 import optax
-import rich.progress
 import rich.table
 
 from experiments.common import data
 from experiments.common import models
+from experiments.common import plots
+from experiments.common import progress
 from experiments.common.flags import flag
 from experiments.common.records import Record
 import signopt
@@ -88,7 +88,7 @@ def run(config: Config) -> Iterator[Record]:
     digits = data.load("digits")
     digits = data.hold_out(digits) if config.validation else digits
     kinds = (*config.groups, *(("float", "one_bit") if config.binary else ()))
-    for kind in rich.progress.track(kinds, "sets of networks"):
+    for kind in progress.track(kinds, "sets of networks"):
         yield from (_drop if kind in GROUPS else _one_bit_weights)(config, digits, kind)
 
 
@@ -232,6 +232,32 @@ def table(records: list[Record]) -> rich.table.Table:
     return drawn
 
 
+def kept(records: list[Record]) -> list[Record]:
+    """All networks, without the pixels that survive."""
+    return [records[0], *({k: v for k, v in r.items() if k != "surviving_pixels"} for r in records[1:])]
+
+
+ENOUGH = {"pixels": (0.5, 0.015), "units": (0.7, 0.01)}  # the share to drop, and what it may cost
+
+
+def summary(records: list[Record]) -> list[list[str]]:
+    """The smallest strengths that drop enough, and what one-bit weights cost."""
+    rows = [["problem", "measured", "to expect"]]
+    for kind in records[0]["config"]["groups"]:
+        enough, most = ENOUGH[kind]
+        points = curve(records, kind)
+        strength, dropped, accuracy, lost = next((p for p in points if p[1] >= enough), points[-1])
+        measured = f"{dropped:.1%} dropped, accuracy {accuracy:.4f}, {lost:.4f} lost"
+        rows.append([f"network: {kind}, strength {strength:g}", measured, f"{enough:.0%} for at most {most:g}"])
+    if records[0]["config"]["binary"]:
+        floats, bits = (
+            statistics.mean(r["test_accuracy"] for r in records[1:] if r["kind"] == f"{kind} weights")
+            for kind in ("float", "one_bit")
+        )
+        rows.append(["network: weights of -1 and +1", f"accuracy {bits:.4f}, {floats - bits:.4f} lost", ""])
+    return rows
+
+
 def plot(records: list[Record], folder: str) -> list[pathlib.Path]:
     """Draw accuracy against the share dropped, and the pixels that survive in how many of the seeds.
 
@@ -239,25 +265,25 @@ def plot(records: list[Record], folder: str) -> list[pathlib.Path]:
       The figures' files.
     """
     config = records[0]["config"]
-    curves_figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = curves_figure.subplots()
+    title = f"digits, {config['workers']} workers, {config['seeds']} seeds"
+    figure, (axes,) = plots.panels(1, title=title, width=6)
     for kind in config["groups"]:
+        mine = [record for record in records[1:] if record["kind"] == kind]
         points = curve(records, kind)
-        axes.plot([p[1] for p in points], [p[2] for p in points], marker=".", label=f"{kind} dropped")
+        accuracies = [[r["test_accuracy"] for r in mine if r["strength"] == p[0]] for p in points]
+        plots.band(axes, [p[1] for p in points], accuracies, marker=".", label=f"{kind} dropped")
     axes.set(xlabel="share dropped", ylabel="test accuracy after the refit", ylim=(0.8, 1.0))
     axes.legend()
-    files = [pathlib.Path(folder) / "accuracy.png"]
-    curves_figure.savefig(files[0], dpi=150)
+    files = plots.save(figure, folder, "network")
     if "pixels" in config["groups"]:
         mine = [record for record in records[1:] if record["kind"] == "pixels"]
         strengths = sorted({record["strength"] for record in mine})
-        pixels_figure = Figure(figsize=(1.4 * len(strengths), 1.9), layout="constrained")
-        for axes, strength in zip(pixels_figure.subplots(1, len(strengths), squeeze=False)[0], strengths, strict=True):
+        title = "pixels that survive, by strength (white: in every seed)"
+        figure, panels = plots.panels(len(strengths), title=title, columns=5, width=1.6, height=1.7)
+        for axes, strength in zip(panels, strengths, strict=True):
             alive = np.mean([r["surviving_pixels"] for r in mine if r["strength"] == strength], axis=0)
             axes.imshow(alive.reshape(8, 8), cmap="gray", vmin=0, vmax=1)
-            axes.set_title(f"{strength:g}", fontsize=8)
+            axes.set_title(f"{strength:g}")
             axes.set_axis_off()
-        pixels_figure.suptitle("pixels that survive, by strength (white: in every seed)", fontsize=9)
-        files.append(pathlib.Path(folder) / "pixels.png")
-        pixels_figure.savefig(files[1], dpi=150)
+        files += plots.save(figure, folder, "pixels")
     return files
