@@ -51,13 +51,16 @@ def main(arguments: Sequence[str], load: Callable[[str], Any], show: Callable[[A
     text = README.read_text(encoding="utf-8")
     README.write_text(written(text, load), encoding="utf-8")
     print(f"written: {README}")
+    for name in sorted({path.name for path in MEASURED.iterdir()} - set(_TABLE.findall(text))):
+        print(f"no place for {name}: put `<!-- report: {name} -->` and `<!-- end -->` where its table shall stand")
 
 
 def keep(folder: pathlib.Path, load: Callable[[str], Any]) -> pathlib.Path:
     """Copy the records of a run to `experiments/measured`, without what no table needs.
 
     Args:
-      folder: That of the run; its name is the name of the copy.
+      folder: That of the run; its name is the name of the copy. Parts of an experiment join those that were kept before by
+        the same versions.
       load: From the name of an experiment to it.
 
     Returns:
@@ -65,6 +68,13 @@ def keep(folder: pathlib.Path, load: Callable[[str], Any]) -> pathlib.Path:
     """
     found = recorded.read(folder / recorded.FILE)
     first, *rest = getattr(load(found[0]["experiment"]), "kept", lambda records: records)(found)
+    first, path = _without_folder(first, folder.name), MEASURED / folder.name / recorded.FILE
+    if "parts" in first["config"] and path.exists():
+        before, *others = recorded.read(path)
+        if before["versions"] == first["versions"]:  # else nobody could tell which part is from which
+            others = [record for record in others if record["part"] not in first["config"]["parts"]]
+            both = before["config"]["parts"] | first["config"]["parts"]
+            first, rest = first | {"config": first["config"] | {"parts": both}}, others + rest
     return recorded.write(str(MEASURED / folder.name), first, [_short(record) for record in rest])
 
 
@@ -78,6 +88,8 @@ def written(text: str, load: Callable[[str], Any]) -> str:
 
     def table(match):
         name = match[1]
+        if not (MEASURED / name / recorded.FILE).exists():
+            return f"<!-- report: {name} -->\n*No records are kept; the numbers are of earlier runs.*\n<!-- end -->"
         found = recorded.read(MEASURED / name / recorded.FILE)
         header = found[0]
         versions = ", ".join(f"{package} {header['versions'][package]}" for package in ("signopt", "jax"))
@@ -127,6 +139,13 @@ def _tables(drawn):
     if isinstance(drawn, rich.console.Group):
         return [table for part in drawn.renderables for table in _tables(part)]
     return [drawn] if isinstance(drawn, rich.table.Table) else []
+
+
+def _without_folder(value, name):
+    """A header that does not say where on a machine the records were written."""
+    if not isinstance(value, dict):
+        return value
+    return {k: f"results/{name}" if k == "output" else _without_folder(v, name) for k, v in value.items()}
 
 
 def _short(value):
