@@ -141,7 +141,7 @@ def _tables(drawn):
     return [drawn] if isinstance(drawn, rich.table.Table) else []
 
 
-def _without_folder(value, name):
+def _without_folder(value: Any, name: str) -> Any:
     """A header that does not say where on a machine the records were written."""
     if not isinstance(value, dict):
         return value
