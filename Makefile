@@ -10,11 +10,14 @@ VENV_LATEST ?= .venv-latest
 ARGS ?=
 PYTEST_ARGS ?= --numprocesses auto --dist worksteal
 
+# What `make records` runs.
+RECORDED ?= bounds large_system regimes geometry adaptive signprox sweep cost wire
+
 # Twice as many threads as the 8 host devices: with fewer, jax 0.10 can deadlock in a plain training loop.
 export NPROC ?= 16
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-latest check format notebooks newest-python clean
+.PHONY: help train test test-all test-latest records check format notebooks newest-python clean
 
 help: ## Say what there is.
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null || \
@@ -25,6 +28,15 @@ train: $(VENV)/.installed-experiments ## Train a Flax model with 8 workers and a
 
 test: $(VENV)/.installed-test ## Run every test but the slow ones; pytest's flags in PYTEST_ARGS.
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+test-all: $(VENV)/.installed-test ## Run the slow tests, too.
+	$(VENV)/bin/python -m pytest -m "slow or not slow" $(PYTEST_ARGS)
+
+records: $(VENV)/.installed-experiments ## Run the experiments of a few minutes, keep their records, write their tables.
+	for name in $(RECORDED); do \
+	  $(VENV)/bin/python -m experiments $$name && $(VENV)/bin/python -m experiments report --keep results/$$name || exit 1; \
+	done
+	$(VENV)/bin/python -m experiments report
 
 test-latest: ## The same with the newest Python at hand, if it is newer than PYTHON.
 	@newest="$$($(MAKE) --silent --no-print-directory newest-python)"; \

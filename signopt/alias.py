@@ -297,7 +297,7 @@ def mh_signsgd(
       x_{t+1} = x_t - \eta_t \Big(\operatorname{sign}\sum_m \operatorname{sign}(m_{m,t+1}) + \lambda x_t\Big)
 
     with :math:`\eta_t` as in `adaptive_majority_vote`, from the momenta after bias correction. It falls by itself as the
-    gradient does. The defaults are measured (`experiments/toy_noise.py`, `experiments/adaptive.py`). Vote with mini-batches,
+    gradient does. The defaults are measured (`python -m experiments adaptive`). Vote with mini-batches,
     not single examples, where gradients are skewed, as in classification.
 
     Args:

@@ -15,7 +15,8 @@ import optax
 import pytest
 import rich.console
 
-from experiments import adversaries
+from experiments.papers.adversaries import liars as adversaries
+import figures
 import reference
 import signopt
 from signopt import adversary
@@ -253,8 +254,7 @@ def test_the_figure_is_drawn_from_records(tmp_path):
     ]
     rest += [{"method": "theorem 2", "adversaries": k, "norm": 1.0 + k, "error": 0.1, "bound": 9.0 + k} for k in (0, 4)]
     records = json.loads(json.dumps([{"config": dataclasses.asdict(config)}, *rest]))
-    (path,) = adversaries.plot(records, str(tmp_path))
-    assert path.stat().st_size > 10_000
+    figures.drawn(adversaries, records, tmp_path)
     console = rich.console.Console(width=200, record=True, file=io.StringIO())
     console.print(adversaries.table(records))
     text = console.export_text()

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 
 from experiments import __main__ as command
-from experiments import checkpoints
-from experiments import records
-from experiments import train
-from experiments.checkpoints import CheckpointError
+from experiments.common import checkpoints
+from experiments.common import records
+from experiments.common.checkpoints import CheckpointError
+from experiments.training import train
 import signopt
 
 ROOT = pathlib.Path(command.__file__).parents[1]

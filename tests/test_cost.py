@@ -8,10 +8,11 @@ import jax
 import pytest
 
 from experiments import __main__ as command
-from experiments import cost
-from experiments import exchanges
-from experiments import records
+from experiments.common import records
+from experiments.speed import cost
+import figures
 import signopt
+from signopt._tools import exchanges
 
 FREE = exchanges.Rates(0, 0, 0, 0)
 RATES = exchanges.Rates()
@@ -104,7 +105,7 @@ def test_rates_come_from_records_where_there_are_any():
 
     found = [stage("pack", 1, 1, [3e-4, 1e-4, 2e-4]), stage("pack", 2, 1, [4e-4]), stage("count", 2, 8, [1e-4])]
     found += [stage("count", 1, 1024, [1.0]), {"kind": "program", "seconds": [1.0]}]
-    rates = exchanges.rates_of([{}, *found])
+    rates = cost.rates_of([{}, *found])
     assert (rates.pack, rates.count) == pytest.approx((3e-10, 5e-11))  # of a ballot, and of one bit in it
     assert (rates.unpack, rates.add) == (RATES.unpack, RATES.add)
 
@@ -156,6 +157,12 @@ def test_the_command_prints_intervals_and_draws_the_figure(tmp_path, capsys):
     assert by_wire[2, "all_gather"]["fastest_from"] == by_wire[64, "one_bit"]["fastest_from"] == pytest.approx(1e6)
     assert by_wire[64, "all_gather"]["pays_below"] == 0
     assert all(len(r["seconds"]) == len(cost.BANDWIDTHS) for r in by_wire.values())
-    assert (tmp_path / "cost.png").stat().st_size > 10_000
+    (figure,) = figures.drawn(cost, [header, *found], tmp_path)
+    assert [axes.get_title() for axes in figure.axes if axes.axison] == [
+        "2 workers",
+        "64 workers",
+        "4 hosts of 8 devices",
+        "check",
+    ]
     assert cost.table([header, *found]).renderables
     assert "fastest of all" in capsys.readouterr().out

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import regimes
+from experiments.papers import regimes
 import reference
 import signopt
 from signopt import diagnostics

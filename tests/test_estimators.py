@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from experiments import estimators
-from experiments import toy_noise
+from experiments.papers.adaptive import estimators
+from experiments.papers.adaptive import toy
+import figures
 
 
 def record(method, what, setting, seed, accuracy):
@@ -35,13 +36,21 @@ def test_of_fixed_learning_rates_the_table_shows_the_best_alone(tmp_path):
     table = estimators.table([header, *found])
     assert table.row_count == 3
     assert list(table.columns[1].cells) == ["beta 0.9", "beta 0.95", "learning rate 0.1"]
-    (figure,) = estimators.plot([header, *found], str(tmp_path))
-    assert figure.exists()
+    (figure,) = figures.drawn(estimators, [header, *found], tmp_path)
+    by_beta, by_rate = figure.axes
+    np.testing.assert_allclose(by_beta.lines[0].get_xydata(), [[0.9, 0.9], [0.95, 0.9]])
+    np.testing.assert_allclose(by_rate.lines[0].get_xydata(), [[0.01, 0.81], [0.1, 0.9]])
+    # The page has a column for each beta.
+    header["config"]["betas"] = [0.9, 0.95]
+    assert estimators.summary([header, *found])[1:] == [
+        ["margin, dimension", "0.9000", "0.9000"],
+        ["Signum, the best rate of 2: 0.1", "0.9000", ""],
+    ]
 
 
 def test_a_ratio_of_means_has_its_jackknife_error():
     fixed, adaptive = [3.0, 5.0, 4.0], [1.0, 2.0, 1.0]
     left_out = np.array([9 / 3, 7 / 2, 8 / 3])
     error = np.sqrt(2 / 3 * np.sum((left_out - left_out.mean()) ** 2))
-    assert toy_noise.ratio(fixed, adaptive) == pytest.approx((12 / 4, error))
-    assert toy_noise.ratio([6.0], [2.0]) == (3.0, 0.0)
+    assert toy.ratio(fixed, adaptive) == pytest.approx((12 / 4, error))
+    assert toy.ratio([6.0], [2.0]) == (3.0, 0.0)

@@ -10,9 +10,9 @@ import re
 import statistics
 import subprocess
 import sys
+import types
 import urllib.error
 
-from matplotlib.figure import Figure
 import numpy as np
 import pytest
 import rich.console
@@ -20,11 +20,14 @@ import rich.table
 import sklearn.datasets
 
 from experiments import __main__ as command
-from experiments import data
-from experiments import devices
-from experiments import flags
-from experiments import records
-from experiments import train
+from experiments.common import data
+from experiments.common import devices
+from experiments.common import flags
+from experiments.common import parts
+from experiments.common import records
+from experiments.papers.adversaries import faults
+from experiments.training import train
+import figures
 
 ROOT = pathlib.Path(command.__file__).parents[1]
 
@@ -49,11 +52,15 @@ def test_the_command_alone_lists_every_experiment_with_the_first_line_of_its_doc
     )
 
 
-def test_an_experiment_is_found_by_its_file_alone(tmp_path, monkeypatch):
-    (tmp_path / "new.py").write_text('"""A new one.\n\nMore."""\nclass Config: ...\ndef run(config): ...\n')
-    (tmp_path / "helper.py").write_text('"""What experiments share."""\ndef run(config): ...\n')
+def test_an_experiment_is_found_by_its_file_or_folder_alone(tmp_path, monkeypatch):
+    (tmp_path / "room" / "folder").mkdir(parents=True)
+    (tmp_path / "room" / "new.py").write_text('"""A new one.\n\nMore."""\nclass Config: ...\ndef run(config): ...\n')
+    (tmp_path / "room" / "folder" / "__init__.py").write_text(
+        '"""A folder."""\nclass Config: ...\ndef run(config): ...\n'
+    )
+    (tmp_path / "room" / "helper.py").write_text('"""What experiments share."""\ndef run(config): ...\n')
     monkeypatch.setattr(command, "FOLDER", tmp_path)
-    assert command.experiments() == {"new": "A new one."}
+    assert command.experiments() == {"folder": ("room.folder", "A folder."), "new": ("room.new", "A new one.")}
 
 
 def test_an_unknown_experiment_fails_and_says_which_there_are():
@@ -125,12 +132,72 @@ def test_a_fresh_process_trains_with_as_many_devices_as_workers(tmp_path):
     assert header["devices"] == 3
     assert {(record["optimizer"], record["wire"]) for record in rest} == {("sgd", "mean"), ("signum", "one_bit")}
     assert "bits per" in done.stdout
-    assert (tmp_path / "accuracy.png").stat().st_size > 10_000
+    assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_too_few_devices_are_an_error_that_says_what_to_do():
     with pytest.raises(ValueError, match=r"`--workers 99` needs as many devices, found \d+: take `--runner simulate`"):
         devices.take(99)
+
+
+# ---- parts of one experiment ----------------------------------------------------------------------------------------
+
+
+def parse_parts(*arguments):
+    return command.load("adversaries").parse(arguments, program="adversaries", output="results/adversaries")
+
+
+def test_a_flag_goes_to_every_chosen_part_that_has_it():
+    found = parse_parts("--parts", "faults,late", "--seeds", "2", "--delays", "0,3", "--output", "here")
+    assert list(found.parts) == ["faults", "late"]
+    assert found.parts["faults"] == faults.Config(seeds=2, output="here")
+    assert (found.parts["late"].seeds, found.parts["late"].delays, found.output) == (2, (0, 3), "here")
+    assert (found.workers, found.seeds) == (8, 2)
+    assert list(parse_parts().parts) == ["liars", "faults", "late"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--parts", "liar"], "--parts: has to be one of liars, faults, late, got 'liar'."),
+        (["--parts", "faults", "--delays", "1"], "unrecognized arguments: --delays 1"),  # another part's
+        (["--stepz", "3"], "unrecognized arguments: --stepz 3"),
+        (["--parts", "faults", "--steps", "0"], "--steps: has to be at least 1, got 0."),
+    ],
+)
+def test_flags_that_no_chosen_part_has_fail(arguments, reason, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse_parts(*arguments)
+    assert stopped.value.code == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_help_tells_the_flags_of_every_part(capsys):
+    with pytest.raises(SystemExit):
+        parse_parts("--help")
+    printed = capsys.readouterr().out
+    assert all(flag in printed for flag in ("--parts", "part liars", "--adversaries", "--rate", "--delays"))
+
+
+def test_parts_run_one_after_the_other_and_get_their_own_records_back():
+    seen = {}
+
+    def part(name):
+        def plot(records, folder):
+            seen[name] = records
+            return [pathlib.Path(folder) / name]
+
+        return types.SimpleNamespace(
+            run=lambda config: iter([{"found": config}]), table=lambda records: rich.table.Table(name), plot=plot
+        )
+
+    both = parts.Together({"a": part("a"), "b": part("b")}, ("a", "b"), "")
+    found = list(both.run(parts.Config({"a": 1, "b": 2}, "here")))
+    assert found == [{"part": "a", "found": 1}, {"part": "b", "found": 2}]
+    header = {"config": {"parts": {"a": {"x": 1}, "b": {"x": 2}}}}
+    assert both.plot([header, *found], "here") == [pathlib.Path("here/a"), pathlib.Path("here/b")]
+    assert seen == {name: [{"config": {"x": x}}, {"part": name, "found": x}] for name, x in (("a", 1), ("b", 2))}
+    assert [table.columns[0].header for table in both.table([header, *found]).renderables] == ["a", "b"]
 
 
 # ---- data -----------------------------------------------------------------------------------------------------------
@@ -325,7 +392,7 @@ def test_an_interrupted_run_leaves_what_it_had_found(tmp_path):
     assert records.read(tmp_path / records.FILE) == [{"experiment": "x"}, {"step": 1}]
 
 
-def test_table_and_plot_need_nothing_but_records(tmp_path, monkeypatch):
+def test_table_and_plot_need_nothing_but_records(tmp_path):
     header = {"config": {"dataset": "digits", "workers": 8, "steps": 20, "seeds": 2}}
     shared = {"optimizer": "signum", "wire": "one_bit", "bits_per_parameter": 1.75, "seconds": 3.0}
     rest = [
@@ -340,10 +407,9 @@ def test_table_and_plot_need_nothing_but_records(tmp_path, monkeypatch):
     for cell in ("signum", "one_bit", "0.8500 ± 0.0707", "1.75", "2.00", "3.0", "2 seeds"):
         assert cell in text
 
-    drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **kwargs: drawn.append(figure))
-    assert train.plot(read, str(tmp_path)) == [tmp_path / "accuracy.png"]
-    by_step, by_megabytes = drawn[0].axes
+    (figure,) = figures.drawn(train, read, tmp_path)
+    assert figure.get_suptitle() == "digits, 8 workers, 2 seeds"
+    by_step, by_megabytes = figure.axes
     np.testing.assert_allclose(by_step.lines[0].get_xydata(), [[10, 0.6], [20, 0.85]])
     np.testing.assert_allclose(by_megabytes.lines[0].get_xydata(), [[1, 0.6], [2, 0.85]])
     assert by_megabytes.get_xscale() == "log"
@@ -355,13 +421,14 @@ def test_table_and_plot_need_nothing_but_records(tmp_path, monkeypatch):
 def run_command(name, tmp_path, *arguments):
     """The records of any experiment, run by the command, which also draws its table and figures."""
     command.main([name, *arguments, "--output", str(tmp_path)])
-    assert len(list(tmp_path.glob("*.png"))) >= 1
-    return records.read(tmp_path / records.FILE)
+    found = records.read(tmp_path / records.FILE)
+    figures.drawn(command.load(name), found, tmp_path)
+    return found
 
 
 def test_signprox_finds_the_minimum_of_the_lasso_and_the_prox_of_a_sign_does_not(tmp_path):
     short = ["--steps", "1500", "--looks", "2", "--workers", "2", "--seeds", "1"]
-    found = run_command("signprox", tmp_path, "--problem", "lasso", *short)
+    found = run_command("signprox", tmp_path, "--parts", "known", "--problem", "lasso", *short)
     last = {record["method"]: record for record in found[1:]}  # of each method
     one_worker, naive = last["signprox, one worker"], last["prox of sign"]
     assert one_worker["gap"] < 1e-3 < 0.05 < naive["gap"]
@@ -374,7 +441,7 @@ def test_signprox_finds_the_minimum_of_the_lasso_and_the_prox_of_a_sign_does_not
 
 def test_a_sparse_network_drops_more_for_a_stronger_penalty_and_keeps_it_dropped(tmp_path):
     short = ["--strengths", "0.2,5", "--steps", "60", "--refit_steps", "20", "--learning_rate", "0.01", "--seeds", "1"]
-    found = run_command("sparse_network", tmp_path, "--groups", "pixels", "--validation", *short)[1:]
+    found = run_command("signprox", tmp_path, "--parts", "network", "--groups", "pixels", "--validation", *short)[1:]
     curve = [record for record in found if record["kind"] == "pixels"]
     assert [record["strength"] for record in curve] == [0, 0.2, 5]
     dropped = [record["dropped"] for record in curve]
@@ -389,7 +456,7 @@ def test_a_sparse_network_drops_more_for_a_stronger_penalty_and_keeps_it_dropped
 
 def test_low_rank_truths_and_constant_pieces_are_found_and_a_falling_step_size_stalls(tmp_path):
     small = ["--size", "12", "--rank", "1", "--condition", "1", "--points", "100", "--pieces", "3", "--seeds", "1"]
-    found = run_command("low_rank", tmp_path, *small, "--steps", "2000", "--looks", "2")[1:]
+    found = run_command("signprox", tmp_path, "--parts", "arrays", *small, "--steps", "2000", "--looks", "2")[1:]
     ends = {(r["problem"], r["method"]): r for r in found if "gap_after_polish" in r}
     gap = {name: end["gap_after_polish"] / end["minimum"] for name, end in ends.items()}
     for problem in ("completion, condition 1", "denoising"):
@@ -400,8 +467,10 @@ def test_low_rank_truths_and_constant_pieces_are_found_and_a_falling_step_size_s
     assert smooth["error"] < smooth["error_of_noisy"] / 2
 
 
-def test_prox_time_times_every_program_as_often_as_asked(tmp_path):
-    found = run_command("prox_time", tmp_path, "--parameters", "5000", "--points", "100,200", "--repeats", "3")[1:]
+def test_the_proximal_part_times_every_program_as_often_as_asked(tmp_path):
+    found = run_command(
+        "wire", tmp_path, "--parts", "prox", "--parameters", "5000", "--points", "100,200", "--repeats", "3"
+    )[1:]
     assert [len(record["seconds"]) for record in found] == [3] * (5 + 2 * 4)
     assert all(0 < second < 10 for record in found for second in record["seconds"])
     assert [r["size"] for r in found if r["kind"] == "step"] == [5000] * 5

@@ -1,20 +1,18 @@
-"""`python -m experiments geometry` on a loss of one's own."""
+"""`python -m signopt geometry`: what is measured along the path of a loss."""
 
-import sys
+import json
 
-import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import geometry
-
-PROBLEM = '''
-"""A parabola of four parameters, the first of which carries all the noise."""
-
-import jax.numpy as jnp
+from experiments.papers import geometry as experiment
+import figures
+from signopt._tools import geometry
+from signopt._tools import problem as problems
 
 
-def problem():
+def parabola():
+    """Four parameters, the first of which carries all the noise."""
     batches = jnp.arange(-3.0, 4.0)[:, None]  # seven mini-batches of one example; their mean is 0
 
     def loss(params, batch):
@@ -23,34 +21,11 @@ def problem():
     return {"w": jnp.ones(4)}, loss, batches
 
 
-def without_curvature():
-    params, _, batches = problem()
-    return params, lambda params, batch: jnp.sum(params["w"]) * batch.mean(), batches
+SETTINGS = {"steps": 4, "measure_every": 2, "learning_rate": 0.01, "probes": 1}
 
 
-not_a_function = 3
-'''
-
-
-@pytest.fixture
-def package(tmp_path, monkeypatch):
-    """A package of the user's on Python's path."""
-    (tmp_path / "their_package").mkdir()
-    (tmp_path / "their_package" / "__init__.py").write_text("")
-    (tmp_path / "their_package" / "their_module.py").write_text(PROBLEM)
-    monkeypatch.syspath_prepend(tmp_path)
-    yield "their_package.their_module"
-    for name in [name for name in sys.modules if name.startswith("their_package")]:
-        del sys.modules[name]
-
-
-def run(loss):
-    config = geometry.Config(loss=loss, steps=4, measure_every=2, learning_rate=0.01, probes=1, watched=2)
-    return list(geometry.run(config))
-
-
-def test_a_users_loss_is_found_by_its_import_path_and_measured(package, tmp_path):
-    found = run(f"{package}:problem")
+def test_a_loss_is_measured_along_the_path_of_sgd():
+    found = list(geometry.along_the_path(problems.of(parabola()), **SETTINGS, watched=2))
     assert [r["step"] for r in found] == [0, 2, 4]
     first = found[0]
     # By hand: g = L = (8, 2, 2, 2), and only the first coordinate is noisy.
@@ -62,26 +37,19 @@ def test_a_users_loss_is_found_by_its_import_path_and_measured(package, tmp_path
     assert first["regime"] == "II" and first["words"].startswith("Regime II: signs suit this")
     assert [len(noise) for noise in first["noise"]] == [7, 7]
     assert found[-1]["loss"] < first["loss"]  # it was trained in between
-    header = {"config": {"threshold": 3.0}}
-    assert geometry.table([header, *found]).row_count == 3
-    assert [path.exists() for path in geometry.plot([header, *found], str(tmp_path))] == [True]
+    lines = geometry.report(found).splitlines()
+    assert lines[1].split() == ["0", "7", "0.645", "0.250", "0.645", "1.25", "0.78", "100.0%", "II"]
+    assert lines[-1].startswith("At step 2: Regime II: signs suit this")
+    # The experiment shows the same.
+    records = json.loads(json.dumps([{"config": {"threshold": 3.0, "model": "mlp"}}, *found]))
+    assert experiment.table(records).row_count == 3
+    densities, noise = figures.drawn(experiment, records, "")
+    assert densities.axes[0].lines[0].get_ydata()[0] == first["gradient_density"]
+    assert len(noise.axes) == 4  # two parameters at the first look and at the last
 
 
-@pytest.mark.parametrize(
-    "name", ("their_package.nowhere:problem", "their_package.their_module:nothing", "their_package")
-)
-def test_a_path_that_leads_nowhere_is_an_error_that_says_how_to_write_one(package, name):
-    with pytest.raises(ValueError, match=rf"`--loss {name}` has to be package\.module:function, for something that"):
-        run(name)
-
-
-def test_a_loss_without_curvature_is_an_error(package):
-    with pytest.raises(ValueError, match=r"`--loss` has to have second derivatives, got a curvature that is zero"):
-        run(f"{package}:without_curvature")
-
-
-def test_our_own_problem_has_the_shape_that_is_asked_of_the_users():
-    params, loss, batches = geometry.problem(geometry.Config())
-    batch = jax.tree.map(lambda x: jnp.asarray(x[0]), batches)
-    assert loss(params, batch).shape == ()
-    assert len({len(x) for x in jax.tree.leaves(batches)}) == 1
+def test_a_loss_without_curvature_is_an_error():
+    params, _, batches = parabola()
+    flat = problems.of((params, lambda params, batch: jnp.sum(params["w"]) * batch.mean(), batches))
+    with pytest.raises(problems.UsageError, match=r"has to have second derivatives, got a curvature that is zero"):
+        list(geometry.along_the_path(flat, **SETTINGS))

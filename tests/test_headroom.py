@@ -1,4 +1,4 @@
-"""Headroom: what is timed, and what is said about it."""
+"""`python -m signopt headroom`: what is timed, and what is said about it."""
 
 import json
 
@@ -7,33 +7,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import __main__ as command
-from experiments import headroom
-from experiments import records
 import signopt
+from signopt._tools import headroom
+from signopt._tools import problem as problems
 
-TINY = headroom.Config(workers=2, steps=2, rounds=2, batch_size=4, model="mlp")
 
-
+@pytest.fixture
 def problem():
-    """A user's own, as `--loss` finds it."""
+    """A user's own."""
     batches = jax.random.normal(jax.random.key(0), (3, 5, 4))
-    return {"w": jnp.ones(4)}, lambda params, batch: jnp.mean(batch @ params["w"]), batches
+    return problems.of(({"w": jnp.ones(4)}, lambda params, batch: jnp.mean(batch @ params["w"]), batches))
 
 
 def found(seconds, below=2.5e9):
     """Records of a run whose programs took so long."""
-    header = {"config": {"workers": 8, "hosts": 16}, "device": "cpu", "cores": 2}
-    programs = [
-        {"kind": "program", "program": name, "parameters": 10, "seconds": [s, s]} for name, s in seconds.items()
-    ]
-    model = {
-        "kind": "model",
-        "wire": "one_bit",
-        "compute_seconds": 0.05,
-        "below": {"1.0": None, "1.1": below, "2.0": 0.0},
-    }
-    return json.loads(json.dumps([header, *programs, model]))
+    shared = {"kind": "program", "parameters": 1234, "workers": 8, "device": "cpu"}
+    programs = [shared | {"program": name, "seconds": [s, s]} for name, s in seconds.items()]
+    below = {"1.0": None, "1.1": below, "2.0": 0.0}
+    model = {"kind": "model", "wire": "one_bit", "hosts": 16, "compute_seconds": 0.05, "below": below}
+    return json.loads(json.dumps([*programs, model]))
 
 
 SECONDS = {
@@ -45,61 +37,46 @@ SECONDS = {
 }
 
 
-def test_a_users_own_step_is_timed_in_every_program(tmp_path, devices):
-    flags = ["--loss", "tests.test_headroom:problem", "--workers", "2", "--rounds", "2", "--steps", "1"]
-    command.main(["headroom", *flags, "--output", str(tmp_path)])
-    header, *rest = records.read(tmp_path / records.FILE)
-    programs = [r for r in rest if r["kind"] == "program"]
-    assert [r["program"] for r in programs] == list(SECONDS)
-    assert all(len(r["seconds"]) == 2 and min(r["seconds"]) > 0 and r["parameters"] == 4 for r in programs)
-    assert [r["wire"] for r in rest if r["kind"] == "model"] == ["two_bit", "one_bit"]
-    assert (tmp_path / "headroom.png").exists()
-    assert len(headroom.words([header, *rest])) == 4
-
-
-def test_left_out_means_that_nothing_is_exchanged_and_nothing_else_changes(devices):
-    params, loss, batches = problem()
-    made = headroom.programs(TINY, params, loss, batches)
+def test_left_out_means_that_nothing_is_exchanged_and_nothing_else_changes(problem, devices):
+    steps = 2
+    made = headroom.programs(problem, devices[:2], steps)
+    assert list(made) == list(SECONDS)
     ends = {name: program()[0][0]["w"] for name, program in made.items()}
     replicas = {name: np.stack([shard.data for shard in w.addressable_shards]) for name, w in ends.items()}
     for name, of_workers in replicas.items():
         assert of_workers.shape == (2, 4)
         # Workers whose collective is left out follow their own gradients; the others stay together.
         assert (of_workers[0] == of_workers[1]).all() == ("left out" not in name), name
-    # The mean of two steps of plain SGD, with the collective done by hand.
-    gradient = jax.grad(loss)
-    own = [jax.tree.map(jnp.copy, params) for _ in range(2)]
-    momentum = [jax.tree.map(jnp.zeros_like, params) for _ in range(2)]
-    for _ in range(TINY.steps):
+    # Two steps of plain SGD of each worker's own.
+    gradient = jax.grad(problem.loss)
+    own = [problem.params for _ in range(2)]
+    momentum = [jax.tree.map(jnp.zeros_like, problem.params) for _ in range(2)]
+    for _ in range(steps):
         for i in range(2):
-            momentum[i] = jax.tree.map(lambda m, g: 0.9 * m + g, momentum[i], gradient(own[i], batches[i]))
+            momentum[i] = jax.tree.map(lambda m, g: 0.9 * m + g, momentum[i], gradient(own[i], problem.batches[i]))
             own[i] = jax.tree.map(lambda p, m: p - 1e-3 * m, own[i], momentum[i])
     np.testing.assert_allclose(replicas["mean, left out"], np.stack([p["w"] for p in own]), rtol=1e-5)
 
 
-def test_no_collective_is_compiled_where_it_is_left_out(devices):
-    params, loss, batches = problem()
-    seen = {}
+def test_no_collective_is_traced_where_it_is_left_out(problem, devices, monkeypatch):
+    seen = []
     original = signopt.workers.on_mesh
 
     def watching(step, mesh, **kwargs):
         run = original(step, mesh, **kwargs)
 
-        def counted(state, batch):
+        def looked_at(state, batch):
             text = str(jax.make_jaxpr(run)(state, batch))
-            seen[len(seen)] = [name for name in ("psum", "all_to_all", "all_gather") if name in text]
-            return run(state, batch)
+            seen.append([name for name in ("psum", "all_to_all", "all_gather") if name in text])
+            return state, None
 
-        return counted
+        return looked_at
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(headroom.signopt.workers, "on_mesh", watching)
-        for program in headroom.programs(headroom.Config(workers=2, steps=1), params, loss, batches).values():
-            program()
-    mean, two_bit, one_bit, mean_left_out, vote_left_out = (seen[i] for i in range(5))
-    assert mean == ["psum"]
-    assert two_bit == one_bit == ["all_to_all", "all_gather"]
-    assert mean_left_out == vote_left_out == []
+    monkeypatch.setattr(headroom.workers, "on_mesh", watching)
+    for program in headroom.programs(problem, devices[:2], 1).values():
+        program()
+    voted = ["all_to_all", "all_gather"]
+    assert seen == [["psum"], voted, voted, [], []]
 
 
 def test_words_say_what_share_is_communication_and_what_is_possible():
@@ -120,6 +97,9 @@ def test_words_say_when_there_is_nothing_to_gain():
     assert "at any bandwidth" in said[2]
 
 
-def test_a_loss_that_cannot_be_imported_is_an_error_that_names_the_flag(tmp_path):
-    with pytest.raises(ValueError, match=r"`--loss nowhere:problem` has to be package.module:function"):
-        list(headroom.run(headroom.Config(loss="nowhere:problem", output=str(tmp_path))))
+def test_the_report_has_a_line_for_each_program():
+    title, _, header, *rows, _, _, _, _ = headroom.report(found(SECONDS)).splitlines()
+    assert title == "A step on 1,234 parameters, 8 workers on cpu; medians:"
+    assert header.split("  ")[0] == "gradients meet by"
+    assert rows[2].split() == ["vote,", "one_bit", "500.00", "2.00", "2.00", "to", "2.00"]
+    assert len(rows) == 5

@@ -13,9 +13,9 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import regimes
-from experiments import runners
-from experiments import trials
+from experiments.common import runners
+from experiments.common import trials
+from experiments.papers import regimes
 import reference
 import signopt
 

@@ -8,8 +8,9 @@ import subprocess
 import pytest
 import yaml
 
-from experiments import flags
-from experiments import train
+from experiments import __main__ as command
+from experiments.common import flags
+from experiments.training import train
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 PAGES = sorted(path for path in DOCS.glob("*.md") if path.name != "loops.md")  # whose sections tests/test_loops.py runs
@@ -32,7 +33,7 @@ def test_what_a_page_points_to_exists(path):
     for target in re.findall(r"`((?:experiments|notebooks|tests|docs)/[^`]*)`", text):
         assert (DOCS.parent / target).exists(), target
     for name in re.findall(r"python -m experiments (\w+)", text):
-        assert (DOCS.parent / "experiments" / f"{name}.py").exists(), name
+        assert name in command.experiments(), name
 
 
 # ---- files to copy ---------------------------------------------------------------------------------------------------

@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import checkpoints
-from experiments import processes as joining
-from experiments import records
-from experiments import train
+from experiments.common import checkpoints
+from experiments.common import processes as joining
+from experiments.common import records
+from experiments.training import train
 import one_process
 from signopt import workers
 from signopt.workers import check as processes

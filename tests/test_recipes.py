@@ -13,11 +13,12 @@ import optax
 import pytest
 import rich.console
 
-from experiments import faults
-from experiments import runners
-from experiments import stale
-from experiments import sweep
-from experiments import trials
+from experiments.common import runners
+from experiments.common import trials
+from experiments.papers.adversaries import faults
+from experiments.papers.adversaries import late
+from experiments.training import sweep
+import figures
 import signopt
 from signopt import adversary
 from signopt import workers
@@ -30,8 +31,7 @@ def run(experiment, **settings):
 
 def drawn(experiment, records, folder):
     """The table's text, after the figures were drawn from the same records."""
-    for path in experiment.plot(records, str(folder)):
-        assert path.stat().st_size > 10_000
+    figures.drawn(experiment, records, folder)
     console = rich.console.Console(width=160, record=True, file=io.StringIO())
     console.print(experiment.table(records))
     return console.export_text()
@@ -86,7 +86,7 @@ def test_faults_come_at_their_rate_in_all_entries_or_a_few():
 @pytest.mark.parametrize("delay", (0, 1, 3))
 def test_delayed_sends_the_signs_of_so_many_steps_ago(delay, rng):
     rows = rng.choice([-2.0, 0.0, 3.0], (6, 5)).astype(np.float32)
-    tx = stale.delayed(delay)
+    tx = late.delayed(delay)
     state, sent = tx.init(jnp.zeros(5)), []
     for row in rows:
         updates, state = tx.update(jnp.asarray(row), state)
@@ -96,14 +96,14 @@ def test_delayed_sends_the_signs_of_so_many_steps_ago(delay, rng):
 
 @pytest.mark.slow
 def test_late_ballots_cost_more_the_later_they_are():
-    records = run(stale, delays=(0, 2, 32), noise=(0.0, 1.0), seeds=3, steps=200)
-    for method in stale.METHODS:
-        losses = dict(stale.curve(records, "quadratic", "delay", method))
+    records = run(late, delays=(0, 2, 32), noise=(0.0, 1.0), seeds=3, steps=200)
+    for method in late.METHODS:
+        losses = dict(late.curve(records, "quadratic", "delay", method))
         assert min(losses[32]) > max(losses[0])
-        accuracy = {k: statistics.mean(v) for k, v in stale.curve(records, "digits", "delay", method)}
+        accuracy = {k: statistics.mean(v) for k, v in late.curve(records, "digits", "delay", method)}
         assert accuracy[32] < accuracy[2] - 0.03
         assert accuracy[0] - 0.05 < accuracy[2]
-    noise = {k: statistics.mean(v) for k, v in stale.curve(records, "digits", "noise", "signum + vote")}
+    noise = {k: statistics.mean(v) for k, v in late.curve(records, "digits", "noise", "signum + vote")}
     assert abs(noise[1.0] - noise[0.0]) < 0.02
 
 
@@ -123,13 +123,13 @@ def test_the_figure_of_late_ballots_is_drawn_from_records(tmp_path):
             ("digits", "delay", "test_accuracy"),
             ("digits", "noise", "test_accuracy"),
         )
-        for method in stale.METHODS
+        for method in late.METHODS
         for k in (0, 4)
         for seed in range(2)
     ]
-    records = [{"config": dataclasses.asdict(stale.Config())}, *rest]
-    assert stale.curve(records, "digits", "noise", "vote") == [(0, [0.5, 1.5]), (4, [4.5, 5.5])]
-    assert "0: 1.000, 4: 5.000" in drawn(stale, records, tmp_path)
+    records = [{"config": dataclasses.asdict(late.Config())}, *rest]
+    assert late.curve(records, "digits", "noise", "vote") == [(0, [0.5, 1.5]), (4, [4.5, 5.5])]
+    assert "0: 1.000, 4: 5.000" in drawn(late, records, tmp_path)
 
 
 def test_shared_noise_is_the_same_on_every_worker_and_of_the_size_that_was_asked_for():

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import problems
+from experiments.common import problems
 from signopt import prox as proxes
 from signopt import signprox
 from signopt import workers

@@ -11,12 +11,13 @@ import sys
 import pytest
 
 from experiments import __main__ as command
-from experiments import cost
-from experiments import exchanges
-from experiments import host
-from experiments import namespaces
-from experiments import records
-from experiments import slow_network
+from experiments.common import asking
+from experiments.common import host
+from experiments.common import namespaces
+from experiments.common import records
+from experiments.speed import cost
+from experiments.speed import slow_network
+from signopt._tools import exchanges
 
 ROOT = pathlib.Path(command.__file__).parents[1]
 
@@ -82,7 +83,7 @@ def test_a_tool_that_is_refused_says_who_may(tmp_path, monkeypatch):
 def test_without_root_the_command_says_so(tmp_path):
     done = subprocess.run(
         ["setpriv", "--bounding-set=-sys_admin,-net_admin", "--inh-caps=-sys_admin,-net_admin", sys.executable, "-c",
-         "from experiments import namespaces; namespaces.require()"],
+         "from experiments.common import namespaces; namespaces.require()"],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 1
@@ -117,7 +118,7 @@ def test_namespaces_are_removed_whatever_happens(error):
 
 @on_links
 def test_a_terminated_run_removes_its_namespaces_and_the_next_one_those_of_a_killed(tmp_path):
-    program = "from experiments import namespaces; import time\nwith namespaces.network(2): print('made', flush=True); time.sleep(60)"
+    program = "from experiments.common import namespaces; import time\nwith namespaces.network(2): print('made', flush=True); time.sleep(60)"
 
     def names_after(number):
         process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -229,8 +230,8 @@ def test_a_late_host_is_timed_from_its_own_start(found):
 
 def test_table_figure_and_cost_model_need_nothing_but_records(found, tmp_path):
     assert [drawn.row_count for drawn in slow_network.table(found).renderables] == [14, 8, 6]
-    (figure,) = slow_network.plot(found, str(tmp_path))
-    assert figure.stat().st_size > 10_000
+    (figure,) = figures.drawn(slow_network, found, tmp_path)
+    assert [axes.get_title() for axes in figure.axes] == ["votes", "training"]
     checked = list(cost.check(cost.medians(found), exchanges.Rates()))
     assert [r["program"] for r in checked] == list(cost.WIRE_OF_PROGRAM)
 
@@ -239,7 +240,7 @@ def test_table_figure_and_cost_model_need_nothing_but_records(found, tmp_path):
 def test_a_host_that_ends_is_an_error_with_what_it_said():
     with (
         namespaces.network(1) as network,
-        slow_network.running(network) as ask,
+        asking.running(network) as ask,
         pytest.raises(RuntimeError, match=r"(?s)Host 0 of 1 has ended, and said:.*KeyError: 'nothing'"),
     ):
         ask("nothing")

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import toy_noise
+from experiments.papers.adaptive import toy as toy_noise
 import reference
 import signopt
 from signopt import _axis

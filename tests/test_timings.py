@@ -8,11 +8,12 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import records
-from experiments import step_time
-from experiments import timing
-from experiments import wire
+from experiments.common import records
+from experiments.speed.wire import steps as step_time
+from experiments.speed.wire import vote as wire
+import figures
 import signopt
+from signopt._tools import timing
 
 TINY = wire.Config(parameters=1600, workers=4, leaves=(1, 5), voters=(4, 32), rounds=3)
 
@@ -21,7 +22,7 @@ def recorded(experiment, name, config):
     path = records.write(config.output, records.header(name, config), experiment.run(config))
     header, *found = records.read(path)
     drawn = experiment.table([header, *found])
-    assert all(figure.exists() for figure in experiment.plot([header, *found], config.output))
+    figures.drawn(experiment, [header, *found], config.output)
     return header, found, drawn
 
 

@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 
-from experiments import records
-from experiments import vote_cost
+from experiments.common import records
+from experiments.speed.wire import looking as vote_cost
+import figures
 
 TINY = vote_cost.Config(parameters=1000, workers=2, width=4, batches=2, batch_size=3, rounds=3)
 
@@ -21,5 +22,5 @@ def test_every_pair_is_timed_as_often_as_asked(wire, tmp_path, devices):
     assert [r["parameters"] for r in found] == [1000 // 16 * 16, 64 * 4 + 3 * 4 * 4 + 4 * 10, 1000 // 16 * 16]
     assert all(len(r[name]) == 3 and min(r[name]) > 0 for r in found for name in ("plain", "more"))
     assert vote_cost.table([header, *found]).row_count == 3
-    (figure,) = vote_cost.plot([header, *found], config.output)
-    assert figure.exists()
+    (figure,) = figures.drawn(vote_cost, [header, *found], config.output)
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["vote", "Welford pass", "check"]

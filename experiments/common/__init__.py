@@ -1,0 +1,1 @@
+"""What experiments share: flags, records, runners, data, models, timing, processes and plots."""

@@ -1,0 +1,1 @@
+"""The papers' figures and claims, and what happens where their assumptions end."""

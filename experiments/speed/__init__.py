@@ -1,0 +1,1 @@
+"""Seconds and bytes: of a vote, of a step, and of a network."""

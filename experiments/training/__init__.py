@@ -1,0 +1,1 @@
+"""Training on real data with votes, and how to choose its settings."""

@@ -1,0 +1,37 @@
+"""How the tests themselves are compiled."""
+
+import pathlib
+
+import jax
+from jax._src import compiler
+import pytest
+
+import conftest
+
+FOLDER = pathlib.Path(__file__).parent
+
+
+def level():
+    """What XLA is told about a program that is compiled now."""
+    options = compiler.get_compile_options(num_replicas=1, num_partitions=1)
+    return options.executable_build_options.debug_options.xla_backend_optimization_level
+
+
+def test_what_promises_bits_is_compiled_as_users_compile_it():
+    assert level() == 3  # XLA's default, in this file as in every other that is not named
+    promising = ("bits", "checkpoints", "conformance", "momentum", "precision", "processes", "runners", "shards")
+    promising += ("stacked", "state", "sync", "timings", "vote", "workers")
+    assert not {f"test_{name}" for name in promising} & conftest.UNOPTIMIZED
+
+
+def test_the_switch_of_the_other_files_reaches_the_compiler():
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        assert level() == 0
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.parametrize("name", sorted(conftest.UNOPTIMIZED))
+def test_a_file_that_is_compiled_quickly_exists(name):
+    assert (FOLDER / f"{name}.py").exists()
