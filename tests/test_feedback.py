@@ -38,7 +38,7 @@ def train(tx, steps=600, shift=0.0):
 @pytest.mark.parametrize("name", MAKE)
 def test_it_finds_the_mean_of_workers_that_disagree(name):
     error, _ = train(MAKE[name](axis_name=AXIS, num_workers=M), shift=2.0)
-    assert np.abs(error).max() < 0.25
+    assert np.abs(error).max() < 0.5
 
 
 def test_a_vote_does_not():
