@@ -91,10 +91,10 @@ def in_jit(
         _check_extra(arrays, own, workers)
 
         def one_worker(updates, state, params, arrays):
-            first = lambda x, mine: jnp.squeeze(x, 0) if mine else x
             extra = {}
             for name, (leaves, treedef) in given.items():
-                here = iter(map(first, arrays[name], own[name]))
+                pairs = zip(arrays[name], own[name], strict=True)
+                here = iter([jnp.squeeze(x, 0) if mine else x for x, mine in pairs])
                 extra[name] = jax.tree.unflatten(treedef, [next(here) if _is_array(x) else x for x in leaves])
             return tx.update(jax.tree.map(lambda x: jnp.squeeze(x, 0), updates), state, params, **extra)
 
@@ -132,10 +132,14 @@ def _run(one_worker: Callable, args: tuple, mesh: Mesh, names: tuple, in_specs: 
 
         out_specs = (PartitionSpec(), of_state)
         auto, on = _layout.left_to_the_compiler(mesh, names, of_results)
-        return auto(jax.shard_map(body, mesh=on, in_specs=in_specs, out_specs=out_specs, axis_names=set(names)))(*args)
+        mapped = jax.shard_map(body, mesh=on, in_specs=in_specs, out_specs=out_specs, axis_names=set(names))
+        return jax.jit(auto(mapped))(*args)  # outside of jit it would compile every operation by itself
 
     updates, state, *_ = args
-    of_results = jax.tree.map(lambda x: PartitionSpec(*_layout.spec_of(x)[1:]), updates), jax.tree.map(_layout.spec_of, state)
+    of_results = (
+        jax.tree.map(lambda x: PartitionSpec(*_layout.spec_of(x)[1:]), updates),
+        jax.tree.map(_layout.spec_of, state),
+    )
 
     try:
         return run(one_worker)
@@ -194,7 +198,7 @@ def _constrained(x, spec, mesh, names, declared):
     if not spec or _axis.names(spec[0]) != names:
         return x
     if _layout.is_explicit(mesh, names):
-        return _layout.split_over(x, mesh, names, spec)
+        return _layout.split_over(x, mesh, names, PartitionSpec(names))
     rest = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1) if declared is None else spec[1:]
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(names, *rest)))
 

@@ -220,7 +220,7 @@ def on_mesh(
     def run(state, batch):
         nonlocal compared
         of_state_now, of_batch_now = jax.tree.leaves(state), jax.tree.leaves(batch)
-        if any(isinstance(x, Tracer) for x in (*of_state_now, *of_batch_now)):
+        if any(issubclass(t, Tracer) for t in {*map(type, of_state_now), *map(type, of_batch_now)}):
             return compiled(state, batch)
         if not compared:  # before anything that may fail on one process only
             check.compare_arguments(mesh, "on_mesh", state=state, batch=batch)
