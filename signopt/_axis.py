@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 from jax import lax
+from jax.extend.core import unsafe_get_axis_names_DO_NOT_USE
 import jax.numpy as jnp
 
 from signopt import _swaps
@@ -142,8 +143,15 @@ def _bound_size(name, caller):
     try:
         return lax.axis_size(name)
     except NameError:
+        bound = ", ".join(map(repr, _bound_names())) or "none"
         raise ValueError(
-            f"`{caller}` has to be called where axis {name!r} is bound, got an unbound name. Run the step with "
-            f"`signopt.workers.simulate` or `on_mesh`, `jax.vmap(..., axis_name={name!r})`, `jax.pmap` or "
-            "`jax.shard_map`, or pass `axis_name=None` for one worker."
+            f"`{caller}` has to be called where axis {name!r} is bound, got an unbound name; bound here: {bound}. Run the "
+            f"step with `signopt.workers.simulate` or `on_mesh`, `jax.vmap(..., axis_name={name!r})`, `jax.pmap` or "
+            "`jax.shard_map`; in plain `jax.jit` run the optimizer with `signopt.workers.in_jit(tx, mesh, "
+            f"axis_name={name!r})`; or pass `axis_name=None` for one worker."
         ) from None
+
+
+def _bound_names() -> list[Hashable]:
+    """The axes that a collective could name where this is traced."""
+    return unsafe_get_axis_names_DO_NOT_USE()  # JAX has no other; it goes into an error only

@@ -176,15 +176,14 @@ def test_raw_gradients_beside_the_vote_are_refused(runner, case, devices):
         updates, opt_state = tx.update(jax.tree.map(lambda x: x[0], batch), state[1], state[0])
         return (optax.apply_updates(state[0], updates), opt_state), None
 
-    state, batch = (PARAMS, tx.init(PARAMS)), jax.tree.map(lambda x: x[0], batches())
+    if runner == "in_jit":
+        tx = workers.in_jit(tx, mesh_of(devices), axis_name="w")
+        run = jax.jit(lambda state, batch: tx.update(batch, state[1], state[0]))
+    else:
+        kinds = {"simulate": (workers.simulate, M), "on_mesh": (workers.on_mesh, mesh_of(devices))}
+        run = kinds[runner][0](step, kinds[runner][1], axis_name="w")
     with pytest.raises(ValueError, match=r"the same on every worker|updates or shared state differ between workers"):
-        if runner == "simulate":
-            workers.simulate(step, M, axis_name="w")(state, batch)
-        elif runner == "on_mesh":
-            workers.on_mesh(step, mesh_of(devices), axis_name="w")(state, batch)
-        else:
-            run = workers.in_jit(tx, mesh_of(devices), axis_name="w")
-            jax.jit(run.update)(batch, run.init(PARAMS), PARAMS)
+        run((PARAMS, tx.init(PARAMS)), jax.tree.map(lambda x: x[0], batches()))
 
 
 OWN = {
@@ -248,9 +247,8 @@ def test_a_voting_group_may_be_empty(runner, wire, devices):
         nothing, empty_state = train().update({}, state[2], {})
         return (optax.apply_updates(state[0], updates), opt_state, empty_state), nothing
 
-    run = {"simulate": functools.partial(workers.simulate, step, M)}.get(
-        runner, functools.partial(workers.on_mesh, step, mesh_of(devices))
-    )(axis_name="w")
+    kinds = {"simulate": (workers.simulate, M), "on_mesh": (workers.on_mesh, mesh_of(devices))}
+    run = kinds[runner][0](step, kinds[runner][1], axis_name="w")
     state, nothing = run((PARAMS, tx.init(PARAMS), train().init({})), jax.tree.map(lambda x: x[0], batches()))
     assert nothing == {}
     assert (np.asarray(state[0]["head"]) != 0).any()

@@ -73,7 +73,7 @@ def spec_of(x: Any) -> PartitionSpec:
     return PartitionSpec(*now, *(None,) * (jnp.ndim(x) - len(now)))
 
 
-def left_to_the_compiler(mesh: Mesh, names: tuple, specs: Any) -> tuple[Callable, Mesh | None]:
+def left_to_the_compiler(mesh: Mesh, specs: Any) -> tuple[Callable, Mesh | None]:
     """What makes Explicit axes Auto inside of a function whose results are split as `specs` say, and the mesh inside.
 
     The links of a chain are written for whole arrays; many have no rule for Explicit shards. And jax 0.10 gathers what is

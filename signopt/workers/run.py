@@ -256,7 +256,7 @@ def _fold(x, num_axes):
 
 def _leaves_and_metrics(found, treedef, caller):
     """The leaves of the new state, and the metrics, of what a step returned."""
-    if not isinstance(found, tuple) or len(found) != 2 or jax.tree.structure(found) == treedef:
+    if not isinstance(found, tuple | list) or len(found) != 2 or jax.tree.structure(found) == treedef:
         what = "its state alone" if jax.tree.structure(found) == treedef else repr(type(found).__name__)
         raise ValueError(
             f"`{caller}(step)` has to return `(state, metrics)`, got {what}. Return `(state, None)` where there is nothing "
