@@ -158,10 +158,12 @@ def _bound_size(name, caller):
     try:
         return lax.axis_size(name)
     except NameError:
+        bound = ", ".join(map(repr, _compat.bound_names())) or "none"
         raise ValueError(
-            f"`{caller}` has to be called where axis {name!r} is bound, got an unbound name. Run the step with "
-            f"`signopt.workers.simulate` or `on_mesh`, `jax.vmap(..., axis_name={name!r})`, `jax.pmap` or "
-            "`jax.shard_map`, or pass `axis_name=None` for one worker."
+            f"`{caller}` has to be called where axis {name!r} is bound, got an unbound name; bound here: {bound}. Run the "
+            f"step with `signopt.workers.simulate` or `on_mesh`, `jax.vmap(..., axis_name={name!r})`, `jax.pmap` or "
+            "`jax.shard_map`; in plain `jax.jit` run the optimizer with `signopt.workers.in_jit(tx, mesh, "
+            f"axis_name={name!r})`; or pass `axis_name=None` for one worker."
         ) from None
 
 

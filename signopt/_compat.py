@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 from jax import lax
+from jax.extend.core import unsafe_get_axis_names_DO_NOT_USE
 
 
 def gather_vmapped(x: jax.Array, name: Hashable) -> jax.Array:
@@ -33,3 +34,8 @@ def varying(x: Any) -> frozenset:
 def says_that_workers_differ(error: ValueError) -> bool:
     """Whether `jax.vmap` refused to return a value once for all workers because they have different ones."""
     return "out_axes is None" in str(error)
+
+
+def bound_names() -> list[Hashable]:
+    """The axes that a collective could name where this is traced. It goes into errors only."""
+    return unsafe_get_axis_names_DO_NOT_USE()

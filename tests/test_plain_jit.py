@@ -310,7 +310,7 @@ def test_what_is_not_voted_on_is_refused(devices):
         with pytest.raises(
             ValueError, match=r"`in_jit\(tx\)` has to be given a chain with a border .* `num_workers=...`"
         ):
-            run.update(jnp.ones((8, 2)), run.init(jnp.zeros(2)), jnp.zeros(2))
+            jax.jit(run.update)(jnp.ones((8, 2)), run.init(jnp.zeros(2)), jnp.zeros(2))
 
 
 def test_gradients_without_an_axis_of_workers_are_refused_with_the_cure(devices):
@@ -326,7 +326,7 @@ def test_gradients_without_an_axis_of_workers_are_refused_with_the_cure(devices)
         update((8, 3), jnp.ones((8, 3)))
     tx = workers.in_jit(signopt.signum(0.1, axis_name="d", num_workers=3), mesh_of(devices), axis_name="d")
     with pytest.raises(
-        ValueError, match=r"`in_jit\(...\)` has to be given the state of all 8 workers, got shape \(3, 2\)"
+        ValueError, match=r"`in_jit\(...\)` has to be given the state of all 8 workers, got shape \(3.*\)"
     ):
         tx.init(jnp.ones(2))
 

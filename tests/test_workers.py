@@ -229,6 +229,21 @@ def test_a_step_that_returns_other_state_is_refused(runner):
         runner(step)({"w": jnp.zeros(2)}, ROWS)
 
 
+@pytest.mark.parametrize("state", ({"w": jnp.zeros(2)}, (jnp.zeros(2), jnp.zeros(3)), jnp.zeros(2)))
+def test_a_step_that_returns_only_its_state_is_refused(state, runner):
+    sentence = (
+        f"`{runner.name}(step)` has to return `(state, metrics)`, got its state alone. Return `(state, None)` where there is "
+        "nothing to report."
+    )
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        runner(lambda state, batch: state)(state, ROWS)
+
+
+def test_a_step_that_returns_no_pair_is_refused(runner):
+    with pytest.raises(ValueError, match=r"has to return `\(state, metrics\)`, got 'dict'\. Return"):
+        runner(lambda state, batch: {"w": state})(jnp.zeros(2), ROWS)
+
+
 def test_a_vote_over_a_reduced_gradient_is_refused_with_the_cure(devices):
     mesh = jax.make_mesh((M,), ("w",), axis_types=(AxisType.Auto,), devices=devices[:M])
     tx = signopt.signsgd(0.1, axis_name="w")
@@ -268,8 +283,8 @@ def test_a_mean_over_a_gradient_that_was_already_summed_is_refused(devices):
 
 def test_an_unbound_axis_is_refused_by_everything_that_needs_one():
     unbound = (
-        r"has to be called where axis 'w' is bound, got an unbound name\. Run the step with "
-        r"`signopt\.workers\.simulate` or `on_mesh`"
+        r"has to be called where axis 'w' is bound, got an unbound name; bound here: none\. Run the step with "
+        r"`signopt\.workers\.simulate` or `on_mesh`, .* in plain `jax\.jit` .* `signopt\.workers\.in_jit\(tx, mesh, axis_name='w'"
     )
     w = jnp.zeros(3)
     transforms = (signopt.majority_vote("w"), signopt.mean("w"), signopt.signum(0.1, axis_name=("w", "v")))
@@ -278,6 +293,14 @@ def test_an_unbound_axis_is_refused_by_everything_that_needs_one():
             tx.update(w, tx.init(w), w)
     with pytest.raises(ValueError, match="`value_and_grad` " + unbound):
         workers.value_and_grad(jnp.sum, axis_name="w")(w)
+
+
+def test_an_unbound_axis_is_told_which_are_bound():
+    run = jax.vmap(
+        lambda x: signopt.majority_vote("w").update(x, signopt.majority_vote("w").init(None)), axis_name="batch"
+    )
+    with pytest.raises(ValueError, match=r"got an unbound name; bound here: 'batch'\. Run"):
+        run(ROWS)
 
 
 def test_a_mesh_without_the_axis_is_refused(devices):

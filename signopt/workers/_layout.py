@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+from jax.core import Tracer
 import jax.numpy as jnp
 from jax.sharding import AxisType
 from jax.sharding import Mesh
@@ -36,22 +37,19 @@ def place(tree: Any, mesh: Mesh, specs: Any) -> Any:
       >>> batch["x"].sharding.spec
       PartitionSpec('worker',)
     """
-    is_spec = lambda x: isinstance(x, PartitionSpec)
-    return jax.tree.map(
-        lambda spec, part: jax.tree.map(lambda x: x if lie_on([x], mesh) else _put(x, NamedSharding(mesh, spec)), part),
-        specs,
-        tree,
-        is_leaf=is_spec,
-    )
+
+    def put(spec, part):
+        return jax.tree.map(lambda x: x if lie_on([x], mesh) else _put(x, NamedSharding(mesh, spec)), part)
+
+    return jax.tree.map(put, specs, tree, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 
 def lie_on(leaves: Iterable[Any], mesh: Mesh) -> bool:
     """Whether all leaves are arrays on a mesh."""
-    for x in leaves:
-        at = getattr(x, "sharding", None)
-        if not isinstance(at, NamedSharding) or (at.mesh is not mesh and at.mesh != mesh):
-            return False
-    return True
+    try:
+        return all(x.sharding.mesh is mesh or x.sharding.mesh == mesh for x in leaves)
+    except AttributeError:  # NumPy's, or on a single device
+        return False
 
 
 def split_over(x: jax.Array, mesh: Mesh, names: tuple, spec: PartitionSpec) -> jax.Array:
@@ -75,7 +73,7 @@ def spec_of(x: Any) -> PartitionSpec:
     return PartitionSpec(*now, *(None,) * (jnp.ndim(x) - len(now)))
 
 
-def left_to_the_compiler(mesh: Mesh, names: tuple, specs: Any) -> tuple[Callable, Mesh | None]:
+def left_to_the_compiler(mesh: Mesh, specs: Any) -> tuple[Callable, Mesh | None]:
     """What makes Explicit axes Auto inside of a function whose results are split as `specs` say, and the mesh inside.
 
     The links of a chain are written for whole arrays; many have no rule for Explicit shards. And jax 0.10 gathers what is
@@ -101,8 +99,14 @@ def _put(x: Any, sharding: NamedSharding) -> jax.Array:
 
     `jax.device_put` would send all of it to every process at every step, to see whether it is the same there.
     """
-    here = not isinstance(x, jax.Array) or x.is_fully_addressable
-    if sharding.is_fully_addressable or not here or not hasattr(x, "shape") or getattr(x, "weak_type", False):
+    if (
+        isinstance(x, Tracer)
+        or sharding.is_fully_addressable
+        or not hasattr(x, "shape")
+        or getattr(x, "weak_type", False)
+    ):
+        return jax.device_put(x, sharding)
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
         return jax.device_put(x, sharding)
     if not jnp.issubdtype(x.dtype, jax.dtypes.extended):
         x = np.asarray(x, jax.dtypes.canonicalize_dtype(x.dtype))

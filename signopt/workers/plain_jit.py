@@ -91,10 +91,10 @@ def in_jit(
         _check_extra(arrays, own, workers)
 
         def one_worker(updates, state, params, arrays):
-            first = lambda x, mine: jnp.squeeze(x, 0) if mine else x
             extra = {}
             for name, (leaves, treedef) in given.items():
-                here = iter(map(first, arrays[name], own[name]))
+                pairs = zip(arrays[name], own[name], strict=True)
+                here = iter([jnp.squeeze(x, 0) if mine else x for x, mine in pairs])
                 extra[name] = jax.tree.unflatten(treedef, [next(here) if _is_array(x) else x for x in leaves])
             return tx.update(jax.tree.map(lambda x: jnp.squeeze(x, 0), updates), state, params, **extra)
 
@@ -107,8 +107,7 @@ def in_jit(
         )
         args = (updates, state, params, arrays)
         args = jax.tree.map(lambda x, spec: _layout.split_over(x, mesh, names, spec), args, in_specs)
-        is_shared = [True] * len(jax.tree.leaves(updates)) + [x == "shared" for x in jax.tree.leaves(owners(state))]
-        return _run(one_worker, args, mesh, names, in_specs, of_state, is_shared)
+        return _run(one_worker, args, mesh, names, in_specs)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -117,11 +116,17 @@ class _DiffersError(Exception):
     """Updates or shared state are typed as different on each worker."""
 
 
-def _run(one_worker: Callable, args: tuple, mesh: Mesh, names: tuple, in_specs: Any, of_state: Any, is_shared: list):
+def _run(one_worker: Callable, args: tuple, mesh: Mesh, names: tuple, in_specs: tuple) -> tuple[Any, Any]:
     """Run the chain on every worker; once more, without casts, if types say that frozen values differ."""
+    updates, state, params, _ = args
+    out_specs = (PartitionSpec(), in_specs[1])
+    own = [owner != "shared" for owner in jax.tree.leaves(owners(state))]
 
     def differ(leaves):
-        return [here and bool(_axis.varying(x) & set(names)) for x, here in zip(leaves, is_shared, strict=True)]
+        of_updates = [False] * (len(leaves) - len(own))
+        return [
+            not mine and bool(_axis.varying(x) & set(names)) for x, mine in zip(leaves, of_updates + own, strict=True)
+        ]
 
     def run(update):
         def body(*args):
@@ -130,15 +135,15 @@ def _run(one_worker: Callable, args: tuple, mesh: Mesh, names: tuple, in_specs: 
                 raise _DiffersError
             return found
 
-        out_specs = (PartitionSpec(), of_state)
-        auto, on = _layout.left_to_the_compiler(mesh, names, of_results)
-        return auto(jax.shard_map(body, mesh=on, in_specs=in_specs, out_specs=out_specs, axis_names=set(names)))(*args)
+        auto, on = _layout.left_to_the_compiler(mesh, of_results)
+        mapped = jax.shard_map(body, mesh=on, in_specs=in_specs, out_specs=out_specs, axis_names=set(names))
+        return jax.jit(auto(mapped))(*args)  # outside of jit it would compile every operation by itself
 
-    updates, state, *_ = args
-    of_results = (
-        jax.tree.map(lambda x: PartitionSpec(*_layout.spec_of(x)[1:]), updates),
-        jax.tree.map(_layout.spec_of, state),
-    )
+    # Updates are to be added to the parameters, so they are split alike. Gradients may be another tree (`optax.lookahead`).
+    same = params is None or jax.tree.structure(params) == jax.tree.structure(updates)
+    of_updates = jax.tree.map(lambda x: PartitionSpec(*_layout.spec_of(x)[1:]), updates)
+    of_updates = of_updates if same else jax.tree.map(_layout.spec_of, params)
+    of_results = of_updates, jax.tree.map(_layout.spec_of, state)
 
     try:
         return run(one_worker)
@@ -197,13 +202,13 @@ def _constrained(x, spec, mesh, names, declared):
     if not spec or _axis.names(spec[0]) != names:
         return x
     if _layout.is_explicit(mesh, names):
-        return _layout.split_over(x, mesh, names, spec)
+        return _layout.split_over(x, mesh, names, PartitionSpec(names))
     rest = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1) if declared is None else spec[1:]
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(names, *rest)))
 
 
 def _is_array(x):
-    return isinstance(x, jax.Array | np.ndarray | np.generic | float | int)
+    return isinstance(x, jax.Array | np.ndarray | np.generic)
 
 
 def _check_updates(updates, params, workers):

@@ -221,7 +221,7 @@ def on_mesh(
     def run(state, batch):
         nonlocal compared
         of_state_now, of_batch_now = jax.tree.leaves(state), jax.tree.leaves(batch)
-        if any(isinstance(x, Tracer) for x in (*of_state_now, *of_batch_now)):
+        if any(issubclass(t, Tracer) for t in {*map(type, of_state_now), *map(type, of_batch_now)}):
             return compiled(state, batch)
         if not compared:  # before anything that may fail on one process only
             check.compare_arguments(mesh, "on_mesh", state=state, batch=batch)
@@ -257,7 +257,7 @@ def _fold(x, num_axes):
 
 def _leaves_and_metrics(found, treedef, caller):
     """The leaves of the new state, and the metrics, of what a step returned."""
-    if not isinstance(found, tuple) or len(found) != 2 or jax.tree.structure(found) == treedef:
+    if not isinstance(found, tuple | list) or len(found) != 2 or jax.tree.structure(found) == treedef:
         what = "its state alone" if jax.tree.structure(found) == treedef else repr(type(found).__name__)
         raise ValueError(
             f"`{caller}(step)` has to return `(state, metrics)`, got {what}. Return `(state, None)` where there is nothing "
