@@ -170,15 +170,21 @@ def largest(x: jax.Array) -> jax.Array:
     return jnp.max(jnp.abs(x), axis=-1, initial=0)
 
 
-def divisor(scale: jax.Array) -> jax.Array:
-    """A scale to divide by: 1 where it is 0, as all entries of such a block are."""
-    return jnp.where(scale > 0, scale, jnp.ones_like(scale))
+def over(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """`x` over scales >= 0, and 0 over a scale of 0. Take the magnitude before anything is added to it or taken away.
+
+    Where all divide by one number, XLA multiplies by its reciprocal, and in a batch it does not. So everybody does. The
+    magnitude of a product cannot be fused with a sum.
+    """
+    shift = jnp.where(scale >= 2.0**64, jnp.float32(2.0**-64), jnp.float32(1))  # or the reciprocal may vanish
+    safe = jnp.where(scale > 0, scale * shift, jnp.ones_like(scale))
+    return (x * shift) * (1 / safe)
 
 
 def near_one(x: jax.Array) -> jax.Array:
     """A row over the power of two that brings its largest entry into [1, 2): relative errors stay, squares fit."""
     unit = lax.bitcast_convert_type(largest(x), jnp.uint32) & jnp.uint32(0x7F800000)
-    return x / divisor(lax.bitcast_convert_type(unit, jnp.float32))
+    return over(x, lax.bitcast_convert_type(unit, jnp.float32))
 
 
 def bounded(x: jax.Array) -> jax.Array:
@@ -193,7 +199,7 @@ def mean_square_root(x: jax.Array, counts: np.ndarray) -> jax.Array:
     Entries are rounded to 12 bits, whose squares are exact in float32.
     """
     unit = largest(x)
-    parts = jnp.abs(x) / divisor(unit)[..., None]
+    parts = jnp.abs(over(x, unit[..., None]))
     bits = (lax.bitcast_convert_type(parts, jnp.uint32) + jnp.uint32(0x800)) & jnp.uint32(0xFFFFF000)
     return unit * jnp.sqrt(mean(jnp.square(lax.bitcast_convert_type(bits, jnp.float32)), counts))
 
@@ -258,4 +264,4 @@ def _parts(width):
 
 def share_of_square(lost: jax.Array, x: jax.Array) -> jax.Array:
     """`lost` / ‖x‖², and 0 for a row of zeros."""
-    return jnp.sum(lost) / divisor(jnp.sum(jnp.square(x)))
+    return over(jnp.sum(lost), jnp.sum(jnp.square(x)))

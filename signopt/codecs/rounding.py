@@ -126,7 +126,7 @@ def _multiples(levels, unit, block, stochastic, call):
 
     def count(x, units):
         each = _codec.spread(units.astype(jnp.float32), x, block)
-        return jnp.abs(x) / _codec.divisor(each)
+        return jnp.abs(_codec.over(x, each))
 
     def encode(x, key):
         x = _codec.finite(x, call)
@@ -175,7 +175,7 @@ def _floats(dtype, exponent, block, stochastic):
         y = moved(x)
         if stochastic:
             down, up = _neighbours(jnp.abs(y), dtype)
-            odds = (jnp.abs(y) - down) / _codec.divisor(up - down)
+            odds = (jnp.abs(y) - down) / jnp.where(up > down, up - down, jnp.ones_like(up))
             draw = jax.random.uniform(_check.key(key, "low_precision"), x.shape, jnp.float32)
             y = jnp.where(y < 0, -jnp.where(draw < odds, up, down), jnp.where(draw < odds, up, down))
         narrow = jnp.clip(y, -_largest(dtype), _largest(dtype)).astype(dtype)

@@ -133,9 +133,8 @@ def stochastic_sign(*, scale: float | None = None) -> Codec:
         key = _check.key(key, "stochastic_sign")
         x = _codec.finite(x, "stochastic_sign")
         b = bound(x)
-        # x / b first: b + x may overflow.
-        odds = (x / _codec.divisor(b) + 1) * jnp.float32(0.5)
-        plus = jax.random.uniform(key, x.shape, jnp.float32) < odds
+        coins = 2 * jax.random.uniform(key, x.shape, jnp.float32) - 1  # exact
+        plus = coins < _codec.over(x, b)
         signs = _bits.pack(plus)
         return (signs, b[: x.shape[0]]) if scale is None else (signs,)
 

@@ -80,7 +80,7 @@ def top_k(share: float, *, block: int | None = None, values: Codec | None = None
         x = _codec.near_one(x)
         kept = take(x, chosen(x)[1])
         lost = 0 if values is None or values.error is None else values.error(kept)
-        return _codec.share_of_square(jnp.sum(x**2) - jnp.sum(kept**2) * (1 - lost), x)
+        return _codec.share_of_square(jnp.sum(x**2) - jnp.sum(kept**2) + jnp.sum(kept**2) * lost, x)
 
     def _number_in(grid, x):
         return _number(share, x.shape[0] if block is None else grid[0] * grid[1]) if x.shape[0] else 0

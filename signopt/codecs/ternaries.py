@@ -63,7 +63,9 @@ def ternary(threshold: float = 0.6, *, block: int | None = None) -> Codec:
         x = _codec.finite(x, "ternary")
         x = _codec.near_one(x)
         kept, scales = chosen(x)
-        return _codec.share_of_square(jnp.sum(x**2) - jnp.sum(jnp.sum(kept, axis=-1) * scales**2), x)
+        return _codec.share_of_square(
+            jnp.sum(x**2) - jnp.sum(jnp.where(kept, scales[:, None] ** 2, jnp.zeros_like(scales)[:, None])), x
+        )
 
     return Codec(encode, decode, error=error)
 
@@ -101,7 +103,7 @@ def terngrad(*, block: int | None = None) -> Codec:
         key = _check.key(key, "terngrad")
         x = _codec.finite(x, "terngrad")
         scales = _codec.largest(_codec.blocks(x, block))
-        odds = jnp.abs(x) / _codec.divisor(_codec.spread(scales, x, block))
+        odds = jnp.abs(_codec.over(x, _codec.spread(scales, x, block)))
         return *_pack(jax.random.uniform(key, x.shape, jnp.float32) < odds, x), scales
 
     def decode(message, like, key):
@@ -112,7 +114,9 @@ def terngrad(*, block: int | None = None) -> Codec:
         x = _codec.finite(x, "terngrad")
         x = _codec.near_one(x)
         parts = _codec.blocks(x, block)
-        return _codec.share_of_square(_codec.largest(parts) * jnp.sum(jnp.abs(parts), axis=-1), x) - jnp.any(x != 0)
+        return _codec.share_of_square(
+            _codec.largest(parts) * jnp.sum(jnp.abs(parts), axis=-1) - jnp.sum(parts**2, axis=-1), x
+        )
 
     return Codec(encode, decode, random=True, unbiased=True, error=error)
 
