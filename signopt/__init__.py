@@ -21,6 +21,7 @@ from signopt.alias import mh_signsgd as mh_signsgd
 from signopt.alias import signprox as signprox
 from signopt.alias import signsgd as signsgd
 from signopt.alias import signum as signum
+from signopt.matrices import sign_muon as sign_muon
 from signopt.means import mean as mean
 from signopt.means import robust_mean as robust_mean
 from signopt.momentum import scale_by_sign as scale_by_sign
