@@ -64,7 +64,8 @@ def sign_muon(
     Args:
       learning_rate: :math:`\alpha`, a number or a schedule: how far each parameter moves in a step.
       beta: :math:`\beta` in [0, 1), the decay rate of the momentum.
-      axis_name: The workers, as in `majority_vote`. None is one worker and no communication.
+      axis_name: The workers, as in `majority_vote`. None is one worker and no communication, and then a value that is not
+        finite stays in the momentum, as in `optax.signum`; with an axis none gets in.
       num_workers: Size of the axis, as in `signum`.
       wire: What travels, as in `majority_vote`.
       weight_decay: :math:`\lambda`, decoupled: it acts after the vote.
@@ -118,12 +119,12 @@ def sign_muon(
         )
         return jax.tree.map(_itself_or_sign, updates, voted), new_state
 
-    left = finite_only(optax.GradientTransformation(ema.init, update_fn), caller=caller)
+    left = optax.GradientTransformation(ema.init, update_fn)
     if axis_name is None:
         _require_axis(num_workers, caller)
         border = optax.stateless(lambda updates, params: jax.tree.map(sign.sign, updates))
     else:
-        left = _on_each_worker(left, axis_name, num_workers)
+        left = _on_each_worker(finite_only(left, caller=caller), axis_name, num_workers)
         border = majority_vote(axis_name, wire=wire)
     return optax.chain(left, border, _decayed(optax.identity(), weight_decay, mask), _step(learning_rate, caller))
 
