@@ -131,7 +131,13 @@ def matrices(params: Any) -> Any:
 
 def loss(params: Any, windows: jax.Array) -> jax.Array:
     """The mean cross-entropy, in nats for each byte, of windows (..., context + 1) of bytes."""
-    read, target = windows[..., :-1].astype(jnp.int32), windows[..., 1:].astype(jnp.int32)
+    scores = logits(params, windows[..., :-1])
+    return optax.softmax_cross_entropy_with_integer_labels(scores, windows[..., 1:].astype(jnp.int32)).mean()
+
+
+def logits(params: Any, read: jax.Array) -> jax.Array:
+    """Scores (..., context, 256) of what follows each of the bytes (..., context)."""
+    read = read.astype(jnp.int32)
     x = params["embed"][read] + params["position"][: read.shape[-1]]
 
     def block(x, own):
@@ -139,8 +145,7 @@ def loss(params: Any, windows: jax.Array) -> jax.Array:
         return x + jax.nn.gelu(_normalized(x, own["norm"][1]) @ own["up"]) @ own["down"], None
 
     x, _ = lax.scan(block, x, params["blocks"])
-    logits = _normalized(x, params["norm"]) @ params["head"]
-    return optax.softmax_cross_entropy_with_integer_labels(logits, target).mean()
+    return _normalized(x, params["norm"]) @ params["head"]
 
 
 def _normalized(x, scale):
