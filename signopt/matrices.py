@@ -23,8 +23,8 @@ from signopt.alias import _on_each_worker
 from signopt.alias import _require_axis
 from signopt.alias import _step
 from signopt.momentum import finite_only
+from signopt.vote import Wire
 from signopt.vote import majority_vote
-from signopt.wire import Wire
 
 NS_COEFFS = (3.4445, -4.7750, 2.0315)
 
