@@ -25,6 +25,7 @@ from signopt.feedback import ef_signsgd as ef_signsgd
 from signopt.feedback import ef_signum as ef_signum
 from signopt.feedback import onebit_adam as onebit_adam
 from signopt.low_rank import low_rank_mean as low_rank_mean
+from signopt.matrices import sign_muon as sign_muon
 from signopt.means import mean as mean
 from signopt.means import robust_mean as robust_mean
 from signopt.momentum import scale_by_sign as scale_by_sign

@@ -99,4 +99,12 @@ ROWS = (
         beta=0.9,
         prox=signopt.prox.l2(1e-6),
     ),
+    Row("sign_muon", signopt.sign_muon, static_args=("ns_steps",)),
+    Row(
+        "sign_muon-one_bit",
+        signopt.sign_muon,
+        {"axis_name": AXIS, "num_workers": 3, "wire": "one_bit"},
+        workers=3,
+        static_args=("num_workers", "ns_steps"),
+    ),
 )

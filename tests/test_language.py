@@ -1,0 +1,114 @@
+"""The language experiment: its text, its model, its rule for learning rates, and its figures."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from optax.contrib import MuonDimensionNumbers
+import pytest
+import rich.console
+
+from experiments import language
+from experiments import records
+from experiments import text
+import signopt
+
+SMALL = text.Shape(layers=1, width=16, context=8, workers=2, batch_size=2, steps=16, evaluations=2, windows=16)
+
+
+def test_the_standard_librarys_text_is_three_parts_that_share_no_file():
+    parts = text.load()
+    assert len(parts.train) > 5 * len(parts.tune) > 10**6 and len(parts.validate) > 10**5
+    for one, other in ((parts.train, parts.tune), (parts.train, parts.validate), (parts.tune, parts.validate)):
+        assert one[:2000].tobytes() not in other.tobytes()
+    assert re.fullmatch("[0-9a-f]{8}", parts.crc())
+
+
+def test_a_text_of_ones_own_is_cut_at_its_end(tmp_path):
+    file = tmp_path / "own.txt"
+    file.write_bytes(bytes(range(200)))
+    parts = text.load(str(file))
+    assert [part.tolist() for part in parts] == [list(range(180)), list(range(180, 190)), list(range(190, 200))]
+
+
+def test_a_byte_does_not_see_what_comes_after_it(rng):
+    params = text.init(jax.random.key(0), SMALL)
+    read = rng.integers(0, 256, (1, 8)).astype(np.uint8)
+    scores = jax.jit(text.logits)
+    one, other = scores(params, read), scores(params, np.where(np.arange(8) < 5, read, 255 - read).astype(np.uint8))
+    np.testing.assert_array_equal(one[:, :5], other[:, :5])
+    assert (one[:, 5:] != other[:, 5:]).all(-1).all()
+
+
+def test_matrices_of_blocks_are_orthogonalized_and_embeddings_are_not():
+    params = text.init(jax.random.key(0), SMALL)
+    dims = text.matrices(params)
+    assert dims["embed"] is dims["head"] is dims["position"] is dims["blocks"]["norm"] is None
+    assert dims["blocks"]["up"] == dims["blocks"]["attention"] == MuonDimensionNumbers(-2, -1)
+
+
+def test_training_lowers_the_loss_and_a_seed_repeats():
+    make = lambda schedule: signopt.signum(schedule, axis_name=text.AXIS, num_workers=2)
+    train = text.trainer(make, SMALL)
+    curve, again, other = train(0.01, 0), train(0.01, 0), train(0.01, 1)
+    assert curve.train.shape == (16,) and curve.held_out.shape == (2,)
+    assert curve.held_out[-1] < curve.train[0] - 0.5
+    np.testing.assert_array_equal(curve.train, again.train)
+    assert curve.train[0] != other.train[0]
+    fixed = signopt.signum(text.cosine(0.01, 16), axis_name=text.AXIS, num_workers=2)
+    np.testing.assert_allclose(text.train(fixed, SMALL).held_out, curve.held_out, rtol=1e-5)
+
+
+def test_gradients_are_taken_where_one_says():
+    tx = optax.chain(signopt.mean(text.AXIS), optax.sgd(0.0))
+    here = text.train(tx, SMALL)
+    there = text.train(tx, SMALL, gradient_at=lambda opt_state, params: jax.tree.map(jnp.zeros_like, params))
+    assert there.train[0] == pytest.approx(np.log(256), rel=1e-5) != here.train[0]
+
+
+def test_workers_that_are_not_alike_draw_from_pieces_of_their_own(tmp_path):
+    """The first half of this text is one byte over and over: the first of two workers learns it in its first gradient."""
+    file = tmp_path / "halves.txt"
+    file.write_bytes(b"a" * 4000 + bytes(np.random.default_rng(0).integers(0, 256, 4000, np.uint8)))
+    shape = SMALL._replace(file=str(file), alike=False, steps=4)
+    own = optax.chain(signopt.workers.per_worker(optax.identity(), 2), signopt.mean(text.AXIS), optax.sgd(0.0))
+    alike, apart = (text.train(own, shape._replace(alike=alike)) for alike in (True, False))
+    assert not np.array_equal(alike.train, apart.train)
+
+
+def test_tuning_ends_with_a_worse_rate_on_each_side():
+    tried = dict(language.tuned(lambda rate: abs(np.log2(rate / 0.03)), 1.0))
+    best = min(tried, key=tried.get)
+    assert {best / 2, best * 2} <= set(tried)
+    assert all(tried[rate] > tried[best] for rate in (best / 2, best * 2))
+    diverging = dict(language.tuned(lambda rate: np.nan if rate > 1 else 1 - rate, 1.0))
+    assert min(diverging, key=diverging.get) == 1.0
+
+
+def test_it_runs_and_draws(tmp_path):
+    config = language.Config(methods=("sgd", "mh_signsgd", "sign_muon"), seeds=1, tune=True, output=str(tmp_path))
+    small = {name: getattr(SMALL, name) for name in ("layers", "width", "context", "workers", "batch_size", "steps")}
+    config = dataclasses.replace(config, **small, tuning_steps=4, evaluations=2)
+    path = records.write(config.output, records.header("language", config), language.run(config))
+    found = records.read(path)
+    runs = {r["method"]: r for r in found[1:] if r["kind"] == "run"}
+    assert list(runs) == ["sgd", "mh_signsgd", "sign_muon"]
+    assert {r["method"] for r in found[1:] if r["kind"] == "tune"} == {"sgd", "sign_muon"}
+    assert runs["mh_signsgd"]["learning_rate"] is None
+    # A mean sends 32 bits for each bit of a vote, but for the bytes that small leaves do not fill.
+    assert 25 < runs["sgd"]["bytes_per_step"] / runs["sign_muon"]["bytes_per_step"] <= 32
+    with rich.console.Console(width=200).capture() as shown:
+        rich.console.Console(width=200).print(language.table(found))
+    assert shown is not None
+    assert all(figure.exists() for figure in language.plot(found, str(tmp_path)))
+
+
+def test_time_is_computing_and_the_exchange_of_the_cost_model():
+    config = dataclasses.asdict(language.Config(step_ms=10.0, latency_us=0.0, workers=2))
+    slow, fast = (language.seconds_per_step(config, 10**6, name, 0.1) for name in ("muon", "sign_muon"))
+    assert slow == pytest.approx(0.01 + 0.32, rel=0.02)
+    assert fast == pytest.approx(0.01 + 0.01, rel=0.05)
+    assert language.seconds_per_step(config | {"workers": 1}, 10**6, "muon", 0.1) == 0.01
