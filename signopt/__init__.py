@@ -21,6 +21,8 @@ from signopt.alias import mh_signsgd as mh_signsgd
 from signopt.alias import signprox as signprox
 from signopt.alias import signsgd as signsgd
 from signopt.alias import signum as signum
+from signopt.local import local_params as local_params
+from signopt.local import local_steps as local_steps
 from signopt.means import mean as mean
 from signopt.means import robust_mean as robust_mean
 from signopt.momentum import scale_by_sign as scale_by_sign
