@@ -87,6 +87,8 @@ def local_steps(
     * `delay=1`: the exchange is of what the step before left behind, so that it can travel while this step's gradient is
       computed. XLA overlaps it only where no `lax.cond` is around it: with `fragments == every`, and so with `every=1`.
 
+    Fragments flatten every leaf. Parameters that other axes of a mesh shard are gathered for that: exchange those whole.
+
     Memory per worker: the offset, which is one copy of the parameters, and the state of `inner`. A worker with
     `present=False` makes no step and sends nothing, and its offset waits for the next round. Entries of a gradient that
     are not finite count as 0, and never reach an offset or the state of `inner`.
@@ -293,7 +295,7 @@ class _Parts:
         owners = workers.owners(jax.eval_shape(self.outer.init, jax.tree.map(lambda x: x[0], cut)))
         # The axis of workers stays in front, and who they are is the same for all parts.
         axes = jax.tree.map({"shared": 0, "per_worker": 1, "worker": None}.get, owners)
-        return jax.vmap(self.outer.init, out_axes=axes)(cut)
+        return jax.vmap(self.outer.init, out_axes=axes, axis_size=self.fragments)(cut)
 
     def is_in(self, x: jax.Array, turn: Int[Array, ""]) -> Bool[Array, "*shape"]:
         """Which entries of a leaf are in the part whose turn it is."""

@@ -547,6 +547,15 @@ def test_dtypes_and_types_stay(way, dtype):
     assert shape(state) == shape(init)
 
 
+def test_the_state_maps_over_parameters():
+    for way in ("rounds", "fragments"):
+        tx = local_steps(way, outer=optax.chain(vote_outer(), optax.trace(0.5)))
+        state = tx.init(params())
+        marked = optax.tree.map_params(tx, lambda x: None, state)
+        assert jax.tree.leaves(marked.own.per_worker.offset) == jax.tree.leaves(marked.outer_state[1]) == []
+        assert [x.shape for x in jax.tree.leaves(marked.own.worker)] == [(M,)]
+
+
 def test_one_worker_needs_no_axis_and_no_runner():
     outer = optax.chain(signopt.majority_vote(None), optax.scale(-1.0))
     for fragments in (1, 2):
