@@ -300,24 +300,27 @@ def by_pmap(step, state, devices):
     return lambda state, batch: run(state, jax.tree.map(lambda x: x[:, None], batch))
 
 
-def by_stacked(step, state, devices):
+def by_jit(tx, state, devices):
     """In plain `jit`, where a worker's gradient comes from its row of the batch."""
+    mesh = jax.make_mesh((M,), ("w",), axis_types=(AxisType.Auto,), devices=devices[:M])
+    in_jit = workers.in_jit(tx, mesh, axis_name="w")
 
-    def run(tx, state, batch):
+    @jax.jit
+    def run(state, batch):
         params, opt_state = state
-        here = signopt.local_params(opt_state, params)
+        here = signopt.local_params(opt_state, params)  # of all workers, who are here at once
         gradient = jax.tree.map(lambda p, t: p - t, here, batch["target"])
-        updates, opt_state = workers.stacked(tx, axis_name="w").update(gradient, opt_state, params)
+        updates, opt_state = in_jit.update(gradient, opt_state, params)
         return (optax.apply_updates(params, updates), opt_state), here
 
-    return jax.jit(functools.partial(run, step))
+    return run
 
 
 RUNNERS = {
     "on_mesh": by_mesh,
     "on_mesh, unchecked": functools.partial(by_mesh, check_vma=False),
     "pmap": by_pmap,
-    "stacked": by_stacked,
+    "in_jit": by_jit,
 }
 
 
@@ -326,7 +329,7 @@ RUNNERS = {
 def test_every_runner_gives_the_same_bits(way, runner, devices):
     tx = local_steps(way)
     state = params(), tx.init(params())
-    run = RUNNERS[runner](tx if runner == "stacked" else make_step(tx), state, devices)
+    run = RUNNERS[runner](tx if runner == "in_jit" else make_step(tx), state, devices)
     for step in range(STEPS):
         state, _ = run(state, batch_of(step))
         jax.tree.map(np.testing.assert_array_equal, state, trained(way)[step + 1])
