@@ -24,6 +24,8 @@ from signopt.alias import signum as signum
 from signopt.feedback import ef_signsgd as ef_signsgd
 from signopt.feedback import ef_signum as ef_signum
 from signopt.feedback import onebit_adam as onebit_adam
+from signopt.local import local_params as local_params
+from signopt.local import local_steps as local_steps
 from signopt.low_rank import low_rank_mean as low_rank_mean
 from signopt.matrices import sign_muon as sign_muon
 from signopt.means import mean as mean

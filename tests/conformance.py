@@ -77,6 +77,12 @@ def _no_rate(learning_rate, axis_name, num_workers, smoothness):
     return signopt.mh_signsgd(axis_name=axis_name, num_workers=num_workers, smoothness=smoothness)
 
 
+def _local_steps(learning_rate, axis_name, num_workers):
+    """A vote on what each worker's own step comes to."""
+    outer = optax.chain(signopt.majority_vote(axis_name), optax.scale_by_learning_rate(learning_rate))
+    return signopt.local_steps(optax.sgd(1.0), outer, every=1, num_workers=num_workers)
+
+
 _MH = {"axis_name": AXIS, "num_workers": 3, "smoothness": 2000.0}  # the curvature of Rosenbrock's valley
 
 ROWS = (
@@ -89,6 +95,7 @@ ROWS = (
     *on_every_wire("signsgd", signopt.signsgd, workers=1),
     *on_every_wire("signum", signopt.signum, workers=3, num_workers=3),
     *on_every_wire("lion", signopt.lion, workers=2, num_workers=2, weight_decay=1e-4),
+    Row("local_steps", _local_steps, {"axis_name": AXIS, "num_workers": 3}, workers=3, static_args=("num_workers",)),
     Row("mh_signsgd", _no_rate, _MH, workers=3, static_args=("num_workers",)),
     *on_every_wire(
         "signprox",
