@@ -4,6 +4,7 @@ A name of this package that leads nowhere is a warning, and so an error; any oth
 stays as it is.
 """
 
+import importlib.util
 import re
 
 from docutils import nodes
@@ -67,6 +68,25 @@ class LinkNames(SphinxTransform):
                 node.replace_self(reference_to(node.astext(), None, self.env.docname))
 
 
+class KeepBars(SphinxTransform):
+    """|v| is a magnitude, and no substitution."""
+
+    default_priority = 210  # before substitutions are looked up
+
+    def apply(self, **kwargs):
+        for node in list(self.document.findall(nodes.substitution_reference)):
+            if node.get("refname") not in self.document.substitution_defs:
+                node.replace_self(nodes.Text(f"|{node.astext()}|"))
+
+
+def is_a_file(name: str) -> bool:
+    """Whether a name is one of our modules that are not public: its contents are documented elsewhere."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
+
 def resolve(app: Sphinx, env, node, content):
     """Find what the Python domain did not: names by the file that defines them, and names of other projects."""
     if node.get("refdomain") != "py":
@@ -85,7 +105,7 @@ def resolve(app: Sphinx, env, node, content):
     if full and full != target:
         node["reftarget"] = full
         return intersphinx.missing_reference(app, env, node, content)
-    return None
+    return content if target.startswith(f"{reference.PACKAGE}.") and is_a_file(target) else None
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
@@ -93,5 +113,6 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("config-inited", lambda app, config: setattr(config, "public_paths", reference.public_paths()))
     app.add_role("name", role)
     app.add_transform(LinkNames)
+    app.add_transform(KeepBars)
     app.connect("missing-reference", resolve)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
