@@ -17,7 +17,7 @@ RECORDED ?= bounds large_system regimes geometry adaptive signprox sweep cost wi
 export NPROC ?= 16
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all test-latest records check format notebooks newest-python clean
+.PHONY: help train test test-all test-latest records check format notebooks docs figures dist newest-python clean
 
 help: ## Say what there is.
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null || \
@@ -55,8 +55,25 @@ format: $(VENV)/.installed-dev ## Format, and mend what ruff can mend.
 notebooks: $(VENV)/.installed-test ## Execute the notebooks in place.
 	$(VENV)/bin/jupyter-execute --inplace --timeout 600 $(wildcard notebooks/*.ipynb)
 
-clean: ## Remove the virtual environments.
-	rm -rf $(VENV) $(VENV_LATEST)
+docs: $(VENV)/.installed-docs ## Build the documentation's pages in docs/_build/html; warnings are errors.
+	JAX_PLATFORMS=cpu $(VENV)/bin/python -m sphinx -W --keep-going -b html docs docs/_build/html
+
+figures: $(VENV)/.installed-experiments ## Draw the documentation's figures from the records in experiments/measured.
+	$(VENV)/bin/python docs/gallery/draw.py $(ARGS)
+
+# The wheel is tried where nothing else is: in a new environment and an empty folder, on the README's first program.
+dist: $(VENV)/.installed-dist ## Build sdist and wheel in dist/, and try the wheel in an empty environment.
+	rm -rf dist
+	$(VENV)/bin/python -m build --outdir dist .
+	$(VENV)/bin/python -m twine check --strict dist/*
+	@folder="$$(mktemp -d)" && trap 'rm -rf "$$folder"' EXIT && \
+	$(PYTHON) -m venv "$$folder/venv" && \
+	"$$folder/venv/bin/python" -m pip install --quiet --disable-pip-version-check dist/*.whl && \
+	awk '/^```python$$/ {inside = 1; next} /^```$$/ && inside {exit} inside' README.md > "$$folder/first.py" && \
+	cd "$$folder" && venv/bin/python first.py && echo "dist: the README's first program runs with the wheel alone."
+
+clean: ## Remove the virtual environments, and what was built.
+	rm -rf $(VENV) $(VENV_LATEST) dist docs/_build docs/api docs/notebooks docs/project docs/gallery/index.md
 
 # A fresh environment for an interpreter, and a stamp for each extra installed into it.
 $(VENV)/bin/python:
