@@ -116,7 +116,7 @@ def varying_of(function: Callable, *args: Any) -> tuple[Hashable, ...]:
     """The device axes along which results of `function(*args)` vary; it is traced to find out, and not computed."""
     if not jax.sharding.get_abstract_mesh().manual_axes:
         return ()
-    return tuple(frozenset().union(*map(varying, jax.tree.leaves(jax.eval_shape(function, *args)))))
+    return tuple(frozenset().union(*map(varying, jax.tree.leaves(jax.eval_shape(lambda: function(*args))))))
 
 
 def vary_alike(*arrays: jax.Array) -> list[jax.Array]:

@@ -31,6 +31,11 @@ def share(value: Any, call: str, argument: str, cure: str = "") -> None:
     _require(lambda x: (x >= 0) & (x <= 1), "in [0, 1]", value, call, argument, cure)
 
 
+def minority(value: Any, call: str, argument: str, cure: str = "") -> None:
+    """Raise if `value` is known and not a number in [0, 1/2)."""
+    _require(lambda x: (x >= 0) & (x < 0.5), "in [0, 1/2)", value, call, argument, cure)
+
+
 def decay(value: Any, call: str, argument: str, cure: str = "") -> None:
     """Raise if `value` is known and not a number in [0, 1): a decay rate of 1 never forgets."""
     _require(lambda x: (x >= 0) & (x < 1), "in [0, 1)", value, call, argument, cure)

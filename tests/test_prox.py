@@ -14,9 +14,9 @@ import numpy as np
 import optax
 import pytest
 
+from signopt import _check
 from signopt import prox as proxes
 from signopt.prox import chains
-from signopt import _check
 
 # ---- the penalties in NumPy: entry by entry, and on whole arrays ---------------------------------
 

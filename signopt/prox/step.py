@@ -124,12 +124,14 @@ def scale_by_prox_gradient(
         # Where entries hang together, one that is not finite shall cost its own vote only.
         taken = grads if prox.separable else finite
         arrived = jax.tree.map(lambda x, g: x.astype(g.dtype) - tau.astype(g.dtype) * g, _as_arrays(params), taken)
-        landed, removed = drawn(arrived, tau), drawn.residual(arrived, tau)
+        landed = drawn(arrived, tau)
+        is_exact = drawn.own_residual is not None
+        removed = drawn.residual(arrived, tau) if is_exact else jax.tree.map(jnp.subtract, arrived, landed)
 
         def mapping(raw, g, x, y, p, residual):
             x, per_tau = x.astype(g.dtype), 1 / tau.astype(g.dtype)
             out = g + residual * per_tau
-            if drawn.own_residual is None:  # the difference of y and p is rounding error if p is where x was
+            if not is_exact:  # the difference of y and p is rounding error if p is where x was
                 out = jnp.where((p == x) & (y != x), 0, out)
             out = jnp.where(p == 0, x * per_tau, out)
             if not prox.separable:
