@@ -6,7 +6,7 @@ at once. Under `shard_map(check_vma=True)` each value's type says along which de
 say nothing.
 """
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 import math
 from typing import Any
 
@@ -126,6 +126,18 @@ def to_varying(tree: Any, axis_name: AxisName) -> Any:
         return lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(cast, tree)
+
+
+def varying_of(function: Callable, *args: Any) -> tuple[Hashable, ...]:
+    """The device axes along which results of `function(*args)` vary; it is traced to find out, and not computed."""
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return ()
+    return tuple(frozenset().union(*map(varying, jax.tree.leaves(jax.eval_shape(lambda: function(*args))))))
+
+
+def vary_alike(*arrays: jax.Array) -> list[jax.Array]:
+    """Arrays with one type of what varies: along every device axis along which one of them does."""
+    return to_varying(list(arrays), tuple(frozenset().union(*map(varying, arrays))))
 
 
 def require_varying(tree: Any, axis_name: AxisName, caller: str) -> None:

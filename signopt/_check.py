@@ -21,6 +21,11 @@ def positive(value: Any, call: str, argument: str, cure: str = "") -> None:
     _require(lambda x: x > 0, "positive", value, call, argument, cure)
 
 
+def number(value: Any, call: str, argument: str, cure: str = "") -> None:
+    """Raise if `value` is known and not a number, or NaN somewhere."""
+    _require(lambda x: ~np.isnan(x), "other than NaN", value, call, argument, cure)
+
+
 def share(value: Any, call: str, argument: str, cure: str = "") -> None:
     """Raise if `value` is known and not a number in [0, 1]."""
     _require(lambda x: (x >= 0) & (x <= 1), "in [0, 1]", value, call, argument, cure)
@@ -31,6 +36,11 @@ def positive_share(value: Any, call: str, argument: str, cure: str = "") -> None
     if isinstance(value, Tracer):
         raise TypeError(f"`{call}({argument}=...)` has to be a number that is known in Python, got {value!r}.")
     _require(lambda x: (x > 0) & (x <= 1), "in (0, 1]", value, call, argument, cure)
+
+
+def minority(value: Any, call: str, argument: str, cure: str = "") -> None:
+    """Raise if `value` is known and not a number in [0, 1/2)."""
+    _require(lambda x: (x >= 0) & (x < 0.5), "in [0, 1/2)", value, call, argument, cure)
 
 
 def decay(value: Any, call: str, argument: str, cure: str = "") -> None:

@@ -11,9 +11,11 @@ import jax.numpy as jnp
 UNROLLED = 64  # terms of a sum in a straight line
 
 
-def wide_dtype(x: Any) -> jnp.dtype:
-    """The dtype of `x`, or float32 where that is narrower."""
-    return jnp.dtype(jnp.promote_types(jnp.result_type(x), jnp.float32))
+def wide_dtype(*xs: Any) -> jnp.dtype:
+    """The widest floating-point dtype among `xs`, and float32 where that is narrower; also where promotion is strict."""
+    dtypes = [jnp.dtype(jnp.result_type(x)) for x in xs]
+    wide = [dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.inexact) and dtype.itemsize > 4]
+    return max(wide, key=lambda dtype: dtype.itemsize, default=jnp.dtype(jnp.float32))
 
 
 def widen(x: Any) -> jax.Array:

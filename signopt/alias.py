@@ -14,7 +14,6 @@ from signopt.precision import warn_if_narrow
 from signopt.prox.penalty import Operator
 from signopt.prox.penalty import Prox
 from signopt.prox.penalty import as_prox
-from signopt.prox.sampling import SampledProx
 from signopt.prox.step import scale_by_prox_gradient
 from signopt.step_size import Estimator
 from signopt.step_size import Smoothness
@@ -203,7 +202,7 @@ def lion(
 def signprox(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    prox: Prox | SampledProx | Operator,
+    prox: Prox | Operator,
     step_size: optax.ScalarOrSchedule | None = None,
     beta: float | jax.Array | None = None,
     axis_name: _axis.AxisName = None,

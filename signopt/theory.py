@@ -3,13 +3,10 @@ r"""The papers' bounds, as functions.
 =============================================  ======================================================================
 Bernstein et al. 2018, `signSGD`_
 =============================================  ======================================================================
-section 3, Theorem 1                           `sign_error_markov`, `signsgd_rate`, `signsgd_rate_l2`, `sgd_rate`
+section 3, Theorem 1                           `sign_error_markov`, `signsgd_rate`
 section 4, Theorem 2                           `sign_error_cantelli`, `sign_error_gauss`, `vote_error`,
-                                               `vote_error_bound`, `majority_vote_rate`
-section 5, Theorem 3                           `warmup_steps`, `signum_rate`
-Lemmas 1, 3, 4, 5                              `approximate_sign_rate`, `weighted_noise`, `momentum_error`,
-                                               `gradient_change`
-Table 1                                        `bits_per_iteration`
+                                               `majority_vote_rate`
+section 5, Theorem 3                           `warmup_steps`
 =============================================  ======================================================================
 
 =============================================  ======================================================================
@@ -23,31 +20,40 @@ Theorem 2                                      `adversarial_vote_rate`
 Yang et al. 2020, Adaptive MH-signSGD
 =============================================  ======================================================================
 Theorem 1, Corollary 2                         `vote_advantage`, `mh_signsgd_rate`
-Proposition 3                                  `greedy_learning_rate`, `decrease`
-Theorem 4                                      `greedy_rate`
+Proposition 3                                  `greedy_learning_rate`
 =============================================  ======================================================================
 
 Throughout, the *gap* is :math:`f_0 - f_*`; the *smoothness* is :math:`\|L\|_1`, the sum over coordinates of constants
 with :math:`|f(y) - f(x) - g(x)^T (y - x)| \le \frac12 \sum_i L_i (y_i - x_i)^2`; the *noise* is :math:`\|\sigma\|_1`, the
 sum of the standard deviations of one sample's gradient; and the *signal-to-noise ratio* of a coordinate is :math:`S =
-|g_i| / \sigma_i`. Gradients are unbiased and steps independent given the parameters. What a bound assumes beyond that it
-says; how tight it is, `tests/test_theory.py` measures.
+|g_i| / \sigma_i`. Gradients are unbiased and steps independent given the parameters. Each bound says what else it
+assumes. `tests/test_theory.py` measures how tight it is.
+
+Arguments may be numbers, arrays or traced; sizes such as the number of workers are Python integers. Results are accurate
+to a few rounding errors in float32, at every magnitude.
 
 .. _signSGD: https://arxiv.org/abs/1802.04434
 .. _fault tolerance: https://arxiv.org/abs/1810.05291
 """
 
-from collections.abc import Iterable
-import itertools
 import math
+from typing import Any
 
 import jax
+from jax.core import Tracer
 import jax.numpy as jnp
 import jax.scipy.special
 from jaxtyping import ArrayLike
+import numpy as np
+
+from signopt import _check
+from signopt import _float
 
 # Above it the noise of a unimodal, symmetric gradient hardly ever hides its sign: Gauss's bound changes its form here.
 CRITICAL_SIGNAL_TO_NOISE = 2 / math.sqrt(3)
+
+_DEPTH = 40  # integrands are cut where they are e^-40 of their largest value
+_NODES, _WEIGHTS = (x / 2 for x in np.polynomial.legendre.leggauss(32))  # on [-1/2, 1/2]
 
 
 # ---- the sign of one worker ------------------------------------------------------------------------------------------
@@ -61,7 +67,7 @@ def sign_error_markov(signal_to_noise: ArrayLike) -> jax.Array:
     References:
       The proof of Theorem 1 of `signSGD`_.
     """
-    return jnp.minimum(1.0, 1 / jnp.asarray(signal_to_noise))
+    return 1 / jnp.maximum(1, _float.widen(signal_to_noise))
 
 
 def sign_error_cantelli(signal_to_noise: ArrayLike) -> jax.Array:
@@ -73,7 +79,9 @@ def sign_error_cantelli(signal_to_noise: ArrayLike) -> jax.Array:
     References:
       The proof of Theorem 2(a) of `signSGD`_.
     """
-    return 1 / (1 + jnp.asarray(signal_to_noise) ** 2)
+    s = _float.widen(signal_to_noise)
+    inverse = 1 / jnp.maximum(1, s)  # of the larger of 1 and S, so that squares do not overflow
+    return inverse**2 / (inverse**2 + jnp.minimum(1, s) ** 2)
 
 
 def sign_error_gauss(signal_to_noise: ArrayLike) -> jax.Array:
@@ -93,14 +101,14 @@ def sign_error_gauss(signal_to_noise: ArrayLike) -> jax.Array:
     References:
       The proof of Theorem 2(b) of `signSGD`_.
     """
-    s = jnp.asarray(signal_to_noise)
-    far = 2 / (9 * jnp.maximum(s, CRITICAL_SIGNAL_TO_NOISE) ** 2)
+    s = _float.widen(signal_to_noise)
+    far = (1 / jnp.maximum(s, CRITICAL_SIGNAL_TO_NOISE)) ** 2 * (2 / 9)
     return jnp.where(s > CRITICAL_SIGNAL_TO_NOISE, far, 0.5 - s / (2 * math.sqrt(3)))
 
 
 def sign_error_normal(signal_to_noise: ArrayLike) -> jax.Array:
     r"""The probability of a wrong sign under normal noise: :math:`q = \Phi(-S)`, exactly."""
-    return jax.scipy.special.ndtr(-jnp.asarray(signal_to_noise))
+    return jax.scipy.special.ndtr(-_float.widen(signal_to_noise))
 
 
 # ---- the vote --------------------------------------------------------------------------------------------------------
@@ -126,19 +134,15 @@ def vote_error(sign_error: ArrayLike, num_workers: int) -> jax.Array:
     References:
       Equation (§) of Theorem 2(b) of `signSGD`_.
     """
-    if num_workers < 1:
-        raise ValueError(f"`vote_error(num_workers=...)` has to be at least 1, got {num_workers}.")
-    most = num_workers // 2
-    return jax.scipy.special.betainc(num_workers - most, most + 1.0, jnp.asarray(sign_error))
-
-
-def vote_error_bound(signal_to_noise: ArrayLike, num_workers: int) -> jax.Array:
-    r"""Bound the probability that a vote is not right, for unimodal, symmetric noise: :math:`1 / (\sqrt M S)`.
-
-    References:
-      Equation (§) of Theorem 2(b) of `signSGD`_.
-    """
-    return jnp.minimum(1.0, 1 / (math.sqrt(num_workers) * jnp.asarray(signal_to_noise)))
+    _check.count(num_workers, "vote_error", "num_workers")
+    q = _float.widen(sign_error)
+    smaller = jnp.where(q <= 0.5, q, 1 - q)
+    k = (num_workers - 1) // 2
+    wrong = _most_are_wrong(smaller, k)
+    wrong = jnp.where(q <= 0.5, wrong, 1 - wrong)
+    if num_workers % 2:
+        return wrong
+    return wrong + _central(k + 1) / 2 * _room_to_the(smaller, k + 1)  # half of the ties of all: see `_most_are_wrong`
 
 
 # ---- rates with growing batches --------------------------------------------------------------------------------------
@@ -163,7 +167,7 @@ def signsgd_rate(steps: int, *, gap: float, smoothness: float, noise: float) -> 
     References:
       Theorems 1 and 2(a) of `signSGD`_.
     """
-    return (math.sqrt(smoothness) * (gap + 0.5) + 2 * noise) / math.sqrt(steps)
+    return (_root(smoothness) * (gap + 0.5) + 2 * noise) / _root(steps)
 
 
 def majority_vote_rate(steps: int, *, gap: float, smoothness: float, noise: float, num_workers: int) -> float:
@@ -174,41 +178,7 @@ def majority_vote_rate(steps: int, *, gap: float, smoothness: float, noise: floa
     References:
       Theorem 2(b) of `signSGD`_.
     """
-    return signsgd_rate(steps, gap=gap, smoothness=smoothness, noise=noise / math.sqrt(num_workers))
-
-
-def signsgd_rate_l2(
-    calls: float, *, gap: float, smoothness: float, variance: float, curvature_ratio: float, noise_ratio: float
-) -> float:
-    r"""Bound :math:`E[\min_k \|g_k\|_2]^2` for signSGD in the quantities of SGD, to compare with `sgd_rate`.
-
-    .. math::
-      \frac{2}{\sqrt N} \Big[R_1 L \Big(f_0 - f_* + \frac12\Big)^2 + 4 R_2 \sigma^2\Big]
-
-    Args:
-      calls: N, the samples seen in all.
-      gap: :math:`f_0 - f_*`.
-      smoothness: :math:`L = \|L\|_\infty`, not the sum.
-      variance: :math:`\sigma^2 = \|\sigma\|_2^2`.
-      curvature_ratio: :math:`R_1 = \sqrt{\phi(L)} / \phi(g)`, with the smallest density of the gradient on the path.
-      noise_ratio: :math:`R_2 = \phi(\sigma) / \phi(g)`.
-
-    References:
-      Section 3 of `signSGD`_, which prints :math:`2 R_2 \sigma^2`: squaring :math:`2 \|\sigma\|_1` gives 4.
-    """
-    return 2 / math.sqrt(calls) * (curvature_ratio * smoothness * (gap + 0.5) ** 2 + 4 * noise_ratio * variance)
-
-
-def sgd_rate(calls: float, *, gap: float, smoothness: float, variance: float) -> float:
-    r"""Bound :math:`E[\min_k \|g_k\|_2^2]` for SGD: :math:`[L (f_0 - f_*) + \sigma^2] / \sqrt N`.
-
-    The order of the usual bound; with a learning rate of :math:`1 / (L \sqrt N)` and one sample a step it holds with twice
-    the first term.
-
-    References:
-      Section 3 of `signSGD`_, for comparison.
-    """
-    return (smoothness * gap + variance) / math.sqrt(calls)
+    return signsgd_rate(steps, gap=gap, smoothness=smoothness, noise=noise / _root(num_workers))
 
 
 def adversarial_vote_rate(
@@ -237,10 +207,9 @@ def adversarial_vote_rate(
     References:
       Theorem 2 of the follow-up on `fault tolerance`_.
     """
-    if not 0 <= adversaries < 0.5:
-        raise ValueError(f"`adversarial_vote_rate(adversaries=...)` has to be in [0, 1/2), got {adversaries}.")
-    seen = noise / ((1 - 2 * adversaries) * math.sqrt(num_workers))
-    return 2 / math.sqrt(steps) * (seen + math.sqrt(smoothness * gap))
+    _check.minority(adversaries, "adversarial_vote_rate", "adversaries")
+    seen = noise / ((1 - 2 * adversaries) * _root(num_workers))
+    return 2 / _root(steps) * (seen + _root(smoothness) * _root(gap))
 
 
 # ---- rates with small batches ----------------------------------------------------------------------------------------
@@ -259,9 +228,11 @@ def mixed_norm(gradient: ArrayLike, deviation: ArrayLike) -> jax.Array:
     References:
       Theorem 1 of the follow-up on `fault tolerance`_.
     """
-    size, sigma = jnp.abs(gradient), jnp.asarray(deviation)
+    dtype = _float.wide_dtype(gradient, deviation)
+    size, sigma = _broadcast(jnp.abs(jnp.asarray(gradient, dtype)), jnp.asarray(deviation, dtype))
     above = size > CRITICAL_SIGNAL_TO_NOISE * sigma
-    return jnp.sum(jnp.where(above, size, size**2 / jnp.where(above, 1, sigma)), axis=-1, where=size > 0)
+    below = size * (size / jnp.where(above | (sigma == 0), 1, sigma))
+    return jnp.sum(jnp.where(above, size, below), axis=-1)
 
 
 def small_batch_rate(steps: int, *, gap: float, smoothness: float) -> float:
@@ -277,123 +248,10 @@ def small_batch_rate(steps: int, *, gap: float, smoothness: float) -> float:
     References:
       Theorem 1 of the follow-up on `fault tolerance`_.
     """
-    return 3 * math.sqrt(smoothness * gap / steps)
+    return 3 * _root(smoothness) * _root(gap) / _root(steps)
 
 
-# ---- approximate signs, and Signum -----------------------------------------------------------------------------------
-
-
-def approximate_sign_rate(
-    learning_rates: Iterable[float], sign_errors: Iterable[float], *, gap: float, smoothness: float
-) -> float:
-    r"""Bound :math:`\min_k E\|g_k\|_1` for steps along the signs of anything that resembles the gradient.
-
-    .. math::
-      \frac{f_C - f_* + 2 \sum_k \delta_k \xi_k + \frac12 \sum_k \delta_k^2 \|L\|_1}{(K - C) \min_k \delta_k}
-
-    Args:
-      learning_rates: :math:`\delta_k`, one for each of the K - C steps.
-      sign_errors: :math:`\xi_k`, bounds on :math:`E \sum_i |g_{k,i}| P[\operatorname{sign}(v_{k,i}) \ne
-        \operatorname{sign}(g_{k,i})]`. By Lemma 2 :math:`E\|v_k - g_k\|_1` is one.
-      gap: :math:`f_C - f_*`.
-      smoothness: :math:`\|L\|_1`.
-
-    References:
-      Lemmas 1 and 2 of `signSGD`_. The bound is on the mean over steps, weighted with the learning rates, too.
-    """
-    pairs = [(float(delta), float(xi)) for delta, xi in zip(learning_rates, sign_errors, strict=True)]
-    total = gap + sum(2 * delta * xi + delta**2 * smoothness / 2 for delta, xi in pairs)
-    return total / (len(pairs) * min(delta for delta, _ in pairs))
-
-
-def weighted_noise(weights: ArrayLike, deviation: ArrayLike) -> jax.Array:
-    r"""Bound the standard deviation of a weighted sum of gradient noise: :math:`\sqrt{\sum_l \alpha_l^2}\, \sigma`.
-
-    Noise at parameters that depend on earlier noise is no independent noise, but it is uncorrelated. With equality if
-    every step's noise has that very deviation.
-
-    References:
-      Lemma 3 of `signSGD`_, its square root.
-    """
-    return jnp.sqrt(jnp.sum(jnp.asarray(weights) ** 2)) * jnp.asarray(deviation)
-
-
-def gradient_change(distance: float, *, smoothness: float) -> float:
-    r"""Bound the change of the gradient in a step along signs: :math:`\|g(x + \epsilon s) - g(x)\|_1 \le 2 \epsilon \|L\|_1`.
-
-    The factor of 2 is slack: :math:`D^{-1/2} H D^{-1/2}` with D = diag(L) has no eigenvalue beyond 1 in magnitude, so half
-    of the bound holds always, and a diagonal Hessian attains it.
-
-    Args:
-      distance: :math:`\epsilon \ge 0`, how far each parameter moves.
-      smoothness: :math:`\|L\|_1`.
-
-    References:
-      Lemma 5 of `signSGD`_.
-    """
-    return 2 * distance * smoothness
-
-
-def momentum_error(step: int, beta: float, *, learning_rate: float, smoothness: float, noise: float) -> float:
-    r"""Bound how far Signum's momentum is from the gradient: :math:`E\|\hat m_k - g_k\|_1`.
-
-    .. math::
-      \xi_k = \frac{2}{\sqrt{k + 1}} \Big(4 \|L\|_1 \delta \frac{\beta}{1 - \beta}
-      + \sqrt 3 \|\sigma\|_1 \sqrt{1 - \beta}\Big), \qquad k \ge C(\beta),
-
-    for learning rates :math:`\delta / \sqrt{k + 1}`, batches of k + 1 samples and a momentum with bias correction.
-
-    Args:
-      step: k, counted from 0; no smaller than `warmup_steps(beta)`.
-      beta: :math:`\beta`, the decay rate of the momentum.
-      learning_rate: :math:`\delta`.
-      smoothness: :math:`\|L\|_1`.
-      noise: :math:`\|\sigma\|_1` of one sample.
-
-    Raises:
-      ValueError: If the momentum has not warmed up at `step`.
-
-    References:
-      Lemma 4 of `signSGD`_. It prints :math:`\|E[\hat m_k - g_k]\|_1`, but proves and uses the expectation of the norm.
-    """
-    if step < warmup_steps(beta):
-        raise ValueError(
-            f"`momentum_error(step, beta)` has to be given a step from warmup_steps(beta) = {warmup_steps(beta)} on, got "
-            f"{step}."
-        )
-    bias = 4 * smoothness * learning_rate * beta / (1 - beta)
-    return 2 / math.sqrt(step + 1) * (bias + math.sqrt(3) * noise * math.sqrt(1 - beta))
-
-
-def signum_rate(steps: int, beta: float, *, gap: float, learning_rate: float, smoothness: float, noise: float) -> float:
-    r"""Bound :math:`\min_{C \le k < K} E\|g_k\|_1` for Signum after its warm-up.
-
-    `approximate_sign_rate` with `momentum_error` for its error: Theorem 3 with every constant, where the paper has an
-    order, :math:`\frac{1}{\sqrt K}[\frac{f_C - f_*}{\delta} + (1 + \log K) (\frac{\delta \|L\|_1}{1 - \beta} + \|\sigma\|_1
-    \sqrt{1 - \beta})]`.
-
-    Args:
-      steps: K, those of the warm-up included.
-      beta: :math:`\beta`, the decay rate of the momentum.
-      gap: :math:`f_C - f_*`, after the warm-up.
-      learning_rate: :math:`\delta`; step k moves by :math:`\delta / \sqrt{k + 1}`, on k + 1 samples.
-      smoothness: :math:`\|L\|_1`.
-      noise: :math:`\|\sigma\|_1` of one sample.
-
-    Raises:
-      ValueError: If `steps` does not exceed the warm-up.
-
-    References:
-      Theorem 3 of `signSGD`_.
-    """
-    warmup = warmup_steps(beta)
-    if steps <= warmup:
-        raise ValueError(f"`signum_rate(steps, beta)` has to exceed warmup_steps(beta) = {warmup}, got {steps} steps.")
-    after = range(warmup, steps)
-    at_one = momentum_error(warmup, beta, learning_rate=learning_rate, smoothness=smoothness, noise=noise)
-    errors = [at_one * math.sqrt((warmup + 1) / (k + 1)) for k in after]
-    rates = [learning_rate / math.sqrt(k + 1) for k in after]
-    return approximate_sign_rate(rates, errors, gap=gap, smoothness=smoothness)
+# ---- Signum ----------------------------------------------------------------------------------------------------------
 
 
 def warmup_steps(beta: float) -> int:
@@ -420,11 +278,27 @@ def warmup_steps(beta: float) -> int:
     References:
       Theorem 3 of Bernstein et al., `signSGD <https://arxiv.org/abs/1802.04434>`_, 2018, where C(0.9) = 54.
     """
-    if not 0 <= beta < 1:
-        raise ValueError(f"`warmup_steps(beta)` has to be in [0, 1), got {beta}.")
-    return next(
-        c for c in itertools.count(1) if c / 2 * beta**c <= 1 / ((1 - beta**2) * (c + 1)) and beta ** (c + 1) <= 0.5
-    )
+    _check.decay(beta, "warmup_steps", "beta")
+    if beta == 0:
+        return 1
+
+    def is_enough(c):
+        return c / 2 * beta**c <= 1 / ((1 - beta) * (1 + beta) * (c + 1)) and beta ** (c + 1) <= 0.5
+
+    # The first condition holds for a few c, then fails up to the peak of c^2 beta^c near -2 / log(beta) and beyond, then
+    # holds for good; the second holds from one c on.
+    half = max(1, math.floor(math.log(0.5) / math.log(beta)) - 2)
+    for c in range(half, half + 4):
+        if is_enough(c):
+            return c
+    low = max(half + 3, math.floor(-2 / math.log(beta)))
+    high = 2 * low
+    while not is_enough(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if is_enough(middle) else (middle, high)
+    return high
 
 
 # ---- adaptive MH-signSGD ---------------------------------------------------------------------------------------------
@@ -451,10 +325,15 @@ def vote_advantage(num_workers: int, *, deviation: float, largest_gradient: floa
       Theorem 1 of Yang et al., Adaptive Multi-Hierarchical signSGD, 2020, writes :math:`c = b_1 \sqrt M + b_2` for
       constants it does not give. This one is exact, and grows as :math:`\sqrt M` as long as :math:`\sqrt M G \ll \sigma`.
     """
-    if num_workers < 1 or num_workers % 2 == 0:
-        raise ValueError(f"`vote_advantage(num_workers)` has to be odd, got {num_workers}.")
-    wrong = vote_error(sign_error_normal(largest_gradient / deviation), num_workers)
-    return float((1 - 2 * wrong) / largest_gradient)
+    caller = "vote_advantage"
+    _check.count(num_workers, caller, "num_workers")
+    if num_workers % 2 == 0:
+        raise ValueError(f"`{caller}(num_workers=...)` has to be odd, got {num_workers}.")
+    _check.positive(deviation, caller, "deviation")
+    _check.at_least(0, largest_gradient, caller, "largest_gradient")
+    found = _advantage(_float.widen(largest_gradient / deviation), (num_workers - 1) // 2)
+    is_number = not isinstance(largest_gradient, jax.Array) and not isinstance(deviation, jax.Array)
+    return (float(found) if is_number and not isinstance(found, Tracer) else found) / deviation
 
 
 def mh_signsgd_rate(steps: int, *, gap: float, smoothness: float, advantage: float) -> float:
@@ -476,7 +355,7 @@ def mh_signsgd_rate(steps: int, *, gap: float, smoothness: float, advantage: flo
       batch for workers. It writes L for the smoothness, which in :math:`\frac{L}{2} \|\operatorname{sign}\|^2` has to be
       the sum over coordinates: :math:`\|L\|_1`, or d times a constant for all of them.
     """
-    return (gap + smoothness / 2) / (advantage * math.sqrt(steps))
+    return (gap + smoothness / 2) / (advantage * _root(steps))
 
 
 def greedy_learning_rate(gradient: ArrayLike, sign_error: ArrayLike, *, smoothness: ArrayLike) -> jax.Array:
@@ -495,63 +374,88 @@ def greedy_learning_rate(gradient: ArrayLike, sign_error: ArrayLike, *, smoothne
     References:
       Proposition 3 and equation (1) of Yang et al., Adaptive Multi-Hierarchical signSGD, 2020.
     """
-    return jnp.sum(jnp.abs(gradient) * (1 - 2 * jnp.asarray(sign_error)), axis=-1) / smoothness
+    dtype = _float.wide_dtype(gradient, sign_error, smoothness)
+    size, wrong = _broadcast(jnp.abs(jnp.asarray(gradient, dtype)), jnp.asarray(sign_error, dtype))
+    return jnp.sum(size * (1 - 2 * wrong), axis=-1) / jnp.asarray(smoothness, dtype)
 
 
-def decrease(
-    learning_rate: ArrayLike, gradient: ArrayLike, sign_error: ArrayLike, *, smoothness: ArrayLike
-) -> jax.Array:
-    r"""Bound how much a step lowers the loss, from below: :math:`\|L\|_1 (\eta \eta^* - \eta^2 / 2)`.
-
-    With equality on a quadratic whose Hessian is the diagonal L.
-
-    Args:
-      learning_rate: :math:`\eta`.
-      gradient: g, along the last axis.
-      sign_error: For each entry the probability of stepping with the wrong sign.
-      smoothness: :math:`\|L\|_1`.
-
-    References:
-      Equation (2) of Yang et al., Adaptive Multi-Hierarchical signSGD, 2020.
-    """
-    greedy, rate = greedy_learning_rate(gradient, sign_error, smoothness=smoothness), jnp.asarray(learning_rate)
-    return jnp.asarray(smoothness) * (rate * greedy - rate**2 / 2)
+# ---- how the vote's probabilities are computed -----------------------------------------------------------------------
+#
+# With M = 2k + 1 workers and a = 1 - 2q, the probability P of a wrong vote is known through an integral,
+#
+#   1 - 2P = c int_0^a (1 - u^2)^k du,    P = c/2 int_a^1 (1 - u^2)^k du,    c = (2k + 1) C(2k, k) / 4^k.
+#
+# All terms of the sums below are positive, so nothing cancels: the first form is accurate where votes are nearly guesses,
+# the second where they are nearly sure. The integrand falls from its largest value at the lower end; what lies below
+# e^-40 of that is left out, and 32 Gaussian nodes are exact to the last bit on the rest. With one worker more, an even
+# number, a tie is wrong too: P grows by half of its probability, C(2k+2, k+1) (q (1 - q))^(k+1) / 2.
 
 
-def greedy_rate(steps: int, *, gap: float, smoothness: float, advantage: float) -> float:
-    r"""Bound :math:`\min_k \|g_k\|_2^2` for a vote with the `greedy_learning_rate`.
-
-    .. math::
-      \frac{1}{c \sqrt K} \sqrt{2 \|L\|_1 (f_0 - f_*)}
-
-    Args:
-      steps: K.
-      gap: :math:`f_0 - f_*`.
-      smoothness: :math:`\|L\|_1`.
-      advantage: c, such that :math:`1 - 2 P_i \ge c |g_i|` on the path: see `vote_advantage`.
-
-    References:
-      Theorem 4 of Yang et al., Adaptive Multi-Hierarchical signSGD, 2020. What telescopes is the square root of
-      :math:`\min_k E\|g_k\|_2^4`, which is no smaller than :math:`\min_k E\|g_k\|_2^2`.
-    """
-    return math.sqrt(2 * smoothness * gap / steps) / advantage
+def _integral_mean(exponent, fall):
+    """The mean of (1 - fall(s))^exponent over s in [0, 1]; `fall` gets the nodes along a new last axis."""
+    integrand = jnp.exp(exponent * jnp.log1p(-fall(lambda x: x[..., None] * _spread(_NODES + 0.5, x))))
+    return jnp.sum(integrand * _spread(_WEIGHTS, integrand[..., 0]), axis=-1)
 
 
-# ---- traffic ---------------------------------------------------------------------------------------------------------
+def _spread(numbers, like):
+    """Numbers along a new last axis of an array."""
+    return jnp.broadcast_to(jnp.asarray(numbers, like.dtype), (*like.shape, len(numbers)))
 
 
-def bits_per_iteration(num_parameters: int, num_workers: int) -> dict[str, float]:
-    r"""The bits that one step moves between M workers and one server, both directions together.
+def _most_are_wrong(q, k):
+    """P[Bin(2k + 1, q) > k] for q in [0, 1/2]."""
+    if k == 0:
+        return q
+    none = q < jnp.finfo(q.dtype).tiny
+    q = jnp.where(none, 0.25, q)
+    lead, room = 1 - 2 * q, 4 * q * (1 - q)
+    width = 2 * q
+    if k > _DEPTH:
+        deep = _DEPTH / k * room
+        width = jnp.minimum(width, deep / (lead + jnp.sqrt(lead**2 + deep)))
 
-    Examples:
-      >>> from signopt import theory
-      >>> {name: round(bits, 1) for name, bits in theory.bits_per_iteration(1, 15).items()}
-      {'SGD': 960, 'QSGD': 104.3, 'TernGrad': 104.3, 'majority vote': 30}
+    def fall(at):
+        u = at(width)
+        return u * (2 * lead[..., None] + u) / room[..., None]
 
-    References:
-      Table 1 of `signSGD`_; its logarithm is to base 2. What this library's sharded server moves is
-      `signopt.wire.bytes_sent`.
-    """
-    pairs = num_parameters * num_workers
-    ternary = (2 + math.log2(2 * num_workers + 1)) * pairs
-    return {"SGD": 64 * pairs, "QSGD": ternary, "TernGrad": ternary, "majority vote": 2 * pairs}
+    found = (2 * k + 1) * _central(k) / 2 * width * _room_to_the(q, k) * _integral_mean(k, fall)
+    return jnp.where(none, 0, found)
+
+
+def _advantage(ratio, k):
+    """(1 - 2P) / S for M = 2k + 1 workers at a signal-to-noise ratio S under normal noise; at 0 its limit."""
+    tiny = ratio < 1e-3
+    series = math.sqrt(2 / math.pi) * (1 - jnp.minimum(ratio, 1) ** 2 / 6)
+    by_ratio = jnp.where(tiny, series, jax.scipy.special.erf(ratio / math.sqrt(2)) / jnp.where(tiny, 1, ratio))
+    lead = jax.scipy.special.erf(ratio / math.sqrt(2))  # 1 - 2q, without a cancellation
+    share = jnp.ones_like(lead)
+    if k > _DEPTH:
+        deep = math.sqrt(_DEPTH / k)
+        share = deep / jnp.maximum(lead, deep)
+    return (2 * k + 1) * _central(k) * by_ratio * share * _integral_mean(k, lambda at: at(lead * share) ** 2)
+
+
+def _room_to_the(q, power):
+    """(4 q (1 - q))^power, also where the base is within rounding of 1."""
+    none = q < jnp.finfo(q.dtype).tiny
+    q = jnp.where(none, 0.25, q)
+    log = jnp.where(q < 0.25, jnp.log(4 * q) + jnp.log1p(-q), jnp.log1p(-((1 - 2 * q) ** 2)))
+    return jnp.where(none, 0, jnp.exp(power * log))
+
+
+def _central(n):
+    """C(2n, n) / 4^n."""
+    if n <= 500:
+        return math.comb(2 * n, n) / 4**n
+    series = 1 - 1 / (8 * n) + 1 / (128 * n**2) + 5 / (1024 * n**3) - 21 / (32768 * n**4)
+    return series / math.sqrt(math.pi * n)
+
+
+def _root(x: Any) -> Any:
+    """The square root of a number as a number, of an array as an array."""
+    return math.sqrt(x) if isinstance(x, int | float) else jnp.sqrt(_float.widen(x))
+
+
+def _broadcast(*arrays):
+    shape = jnp.broadcast_shapes(*(x.shape for x in arrays))
+    return [jnp.broadcast_to(x, shape) for x in arrays]

@@ -1,7 +1,6 @@
 """Densities, moments, sign errors, margins and geometry: against definitions, and against what they should warn of."""
 
 import math
-from typing import Any
 import warnings
 
 import hypothesis
@@ -36,10 +35,15 @@ def over_workers(fun, *args):
 def test_density_is_its_definition_at_every_scale(v, scale):
     found = float(diagnostics.density([jnp.asarray(v[:5] * np.float32(scale)), jnp.asarray(v[5:] * np.float32(scale))]))
     wide = (v * np.float32(scale)).astype(np.float64)
-    if not wide.any() or np.abs(wide).max() < 1e-37:
-        return
+    hypothesis.assume(np.abs(wide).max() >= 1e-37)  # XLA flushes smaller ones to zero
     assert found == pytest.approx(np.abs(wide).sum() ** 2 / (12 * (wide**2).sum()), rel=1e-5)
     assert 1 / 12 - 1e-6 <= found <= 1 + 1e-6
+
+
+def test_density_shows_what_is_not_finite():
+    """It is a ratio of two infinite norms then."""
+    for bad in (math.nan, math.inf):
+        assert math.isnan(diagnostics.density([jnp.ones(2), jnp.array([bad, 0.0])]))
 
 
 def test_density_of_the_ends_and_of_nothing():
@@ -77,34 +81,6 @@ def test_welford_is_the_two_pass_formula(rng, dtype):
     assert not np.allclose(naive, wide.var(0), rtol=1e-3)  # the negative control
 
 
-@pytest.mark.parametrize("half", (0, 1, 20, 49))
-def test_merging_two_halves_equals_one_pass(rng, half):
-    samples = jnp.asarray(rng.normal(size=(50, 4)) * [1, 10, 0.1, 3], jnp.float32)
-    merged = diagnostics.merge_moments(
-        moments_of(samples[half:]), moments_of(samples[:half]) if half else diagnostics.init_moments(samples[0])
-    )
-    whole = moments_of(samples)
-    for a, b in zip(jax.tree.leaves(merged), jax.tree.leaves(whole), strict=True):
-        assert np.allclose(a, b, rtol=1e-4, atol=1e-6)
-
-
-def test_moments_across_workers_are_those_of_a_pass_over_them(rng):
-    samples = jnp.asarray(rng.normal(size=(6, 5)), jnp.float32)
-    across = over_workers(lambda x: diagnostics.moments_across(x, AXIS), samples)
-    for a, b in zip(across, moments_of(samples), strict=True):
-        assert np.allclose(a, b, rtol=1e-5, atol=1e-6)
-
-
-def test_moments_across_devices_are_the_same_on_each(rng, devices):
-    samples = jnp.asarray(rng.normal(size=(4, 5)), jnp.float32)
-    mesh = jax.make_mesh((4,), (AXIS,), (jax.sharding.AxisType.Auto,), devices=devices[:4])
-    across = jax.shard_map(
-        lambda x: diagnostics.moments_across(x[0], AXIS), mesh=mesh, in_specs=jax.P(AXIS), out_specs=jax.P()
-    )(samples)
-    assert np.allclose(across.mean, samples.mean(0), atol=1e-6)
-    assert np.allclose(diagnostics.deviation(across), samples.std(0, ddof=1), rtol=1e-5)
-
-
 def test_too_few_samples_have_no_variance():
     assert jnp.all(jnp.isnan(diagnostics.variance(moments_of(jnp.ones((1, 3))))))
 
@@ -121,17 +97,6 @@ def test_gradient_moments_look_at_every_mini_batch(rng):
             ValueError, match=r"at least 2 mini-batches along a leading axis, none of them empty, got shape"
         ):
             diagnostics.gradient_moments(gradient, w, batches)
-
-
-def test_moments_can_be_watched_inside_a_chain(rng):
-    grads = jnp.asarray(rng.normal(size=(5, 3)), jnp.float32)
-    tx = optax.chain(diagnostics.monitor_moments(), optax.sgd(0.1))
-    state: Any = tx.init(grads[0])
-    updates: Any = None
-    for g in grads:
-        updates, state = tx.update(g, state)
-    assert jnp.allclose(updates, -0.1 * grads[-1])
-    assert np.allclose(state[0].mean, grads.mean(0), atol=1e-6) and int(state[0].count) == 5
 
 
 # ---- signs -----------------------------------------------------------------------------------------------------------
@@ -164,10 +129,8 @@ def test_sign_error_is_measured_within_its_bounds():
     assert float(theory.sign_error_gauss(ratio)[0]) < 0.5  # the negative control: it breaks what Gauss assumes
 
 
-def test_sign_error_across_workers_is_that_of_samples(rng):
-    samples = jnp.asarray(rng.normal(size=(6, 5)) + 0.5, jnp.float32)
-    across = over_workers(lambda x: diagnostics.sign_error_probability(x, axis_name=AXIS), samples)
-    assert np.allclose(across, diagnostics.sign_error_probability(samples), atol=1e-6)
+def test_sign_error_needs_a_sample():
+    samples = jnp.zeros((6, 5))
     with pytest.raises(ValueError, match=r"has to hold at least 1 sample along a leading axis, got shape \(0, 5\)"):
         diagnostics.sign_error_probability(samples[:0])
 

@@ -14,9 +14,9 @@ import numpy as np
 import optax
 import pytest
 
+from signopt import _check
 from signopt import prox as proxes
 from signopt.prox import chains
-from signopt.prox.penalty import at_least_zero
 
 # ---- the penalties in NumPy: entry by entry, and on whole arrays ---------------------------------
 
@@ -607,4 +607,4 @@ def test_bad_input_is_refused_with_the_cure(case):
 
 
 def test_a_traced_strength_is_not_looked_at():
-    jax.jit(lambda strength: at_least_zero("l1", "strength", strength))(-1.0)
+    jax.jit(lambda strength: _check.at_least(0, strength, "l1", "strength"))(-1.0)

@@ -341,7 +341,7 @@ def test_a_sampled_penalty_finds_the_minimum_of_the_mean():
     tx = signprox(optax.exponential_decay(0.1, 3000, 1e-3), prox=prox, step_size=0.05)
     x = follow(tx, lambda x: x - target, jnp.zeros(3), 3000)
     np.testing.assert_allclose(x, [1.5, -0.5, 0.25], atol=0.03)
-    one = signprox(optax.exponential_decay(0.1, 3000, 1e-3), prox=prox.penalty(10), step_size=0.05)
+    one = signprox(optax.exponential_decay(0.1, 3000, 1e-3), prox=proxes.l1(strengths[10]), step_size=0.05)
     assert jnp.abs(follow(one, lambda x: x - target, jnp.zeros(3), 3000) - x).max() > 0.2
 
 

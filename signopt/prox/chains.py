@@ -12,12 +12,15 @@ accelerator, and quadratic under `jax.vmap`, which copies their buffers in every
 """
 
 from collections.abc import Callable
+import math
 from typing import Any
 
 import jax
 from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from signopt import _axis
 
 
 @jax.jit
@@ -44,30 +47,49 @@ def denoise(y: Float[Array, "*rows n"], strength: Float[Array, ""] | float) -> F
     """
     if y.size == 0:
         return y
-    flat = y.reshape(-1)
+    y, strength = _axis.vary_alike(y, jnp.asarray(strength, y.dtype))
+    safe, scale = _without_overflow(y)
+    flat = safe.reshape(-1)
+    strengths = jnp.broadcast_to(scale * strength, y.shape).reshape(-1)
+    strengths = jnp.minimum(strengths, jnp.finfo(y.dtype).max / 8)  # beyond it rows are constant anyway
     row_end = (jnp.arange(1, flat.size + 1) % y.shape[-1]) == 0
-    strength = jnp.asarray(strength, y.dtype)
-    is_end, pull = _segments(lax.stop_gradient(flat), lax.stop_gradient(strength), row_end)
-    return _level(flat, strength, is_end, pull).reshape(y.shape)
+    row_end, flat = _axis.vary_alike(row_end, flat)
+    is_end, pull = _segments(lax.stop_gradient(flat), lax.stop_gradient(strengths), row_end)
+    found = _level(flat, strengths, is_end, pull).reshape(y.shape) / scale
+    found = jnp.where(jnp.isinf(y), y, found)
+    return jnp.where(jnp.any(jnp.isnan(y), axis=-1, keepdims=True), jnp.nan, found)
 
 
-def _segments(y, strength, row_end):
+def _without_overflow(y):
+    """Rows whose sums are finite, and the power of two that each was multiplied by: 1 but for rows near the largest float.
+
+    An infinite entry becomes four times as large as any other, and NaN becomes 0.
+    """
+    limit = float(jnp.finfo(y.dtype).max) / (8 * y.shape[-1])
+    largest = jnp.max(jnp.where(jnp.isfinite(y), jnp.abs(y), 0), axis=-1, keepdims=True)
+    down = 2.0 ** -math.ceil(math.log2(32 * y.shape[-1]))
+    scale = lax.stop_gradient(jnp.where(largest > limit / 4, jnp.full_like(largest, down), jnp.ones_like(largest)))
+    safe = jnp.where(jnp.isinf(y), jnp.sign(y) * limit, jnp.where(jnp.isnan(y), 0, y * scale))
+    return safe, scale
+
+
+def _segments(y, strengths, row_end):
     """Where segments end, and how many neighbours pull each entry up (at its right or left end), minus those down."""
 
     def cut(carry):
         is_end, pull, _ = carry
-        above = _above_level(y, strength, is_end, pull, _level(y, strength, is_end, pull))
+        above = _above_level(y, strengths, is_end, pull, _level(y, strengths, is_end, pull))
         rise = jnp.diff(above.astype(pull.dtype), append=above[-1:].astype(pull.dtype))
         rise = jnp.where(is_end, 0, rise)  # +1: the right neighbour lies higher now
         pull = pull + rise - jnp.roll(rise, 1)
         return is_end | (rise != 0), pull, jnp.any(rise != 0)
 
-    start = (row_end, jnp.zeros_like(y), jnp.array(True))
+    start = (row_end, jnp.zeros_like(y), row_end[-1])  # the last entry ends a row: True
     is_end, pull, _ = lax.while_loop(lambda carry: carry[2], cut, start)
     return is_end, pull
 
 
-def _level(y, strength, is_end, pull):
+def _level(y, strengths, is_end, pull):
     """For every entry: the best common value of its segment."""
     first = jnp.roll(is_end, 1).at[0].set(True)
 
@@ -77,21 +99,21 @@ def _level(y, strength, is_end, pull):
             *(jnp.where(right[0], r, le + r) for le, r in zip(left[1:], right[1:], strict=True)),
         )
 
-    zero = jnp.zeros([], y.dtype)
-    _, total, pulled, count = _scan(add, (first, y, pull, jnp.ones_like(y)), (jnp.array(False), zero, zero, zero))
-    level = (total + strength * pulled) / count
+    no, zero = jnp.zeros_like(first[0]), jnp.zeros_like(y[0])
+    _, total, pulled, count = _scan(add, (first, y, pull, jnp.ones_like(y)), (no, zero, zero, zero))
+    level = (total + strengths * pulled) / count
     return _from_the_right(is_end, level)
 
 
-def _above_level(y, strength, is_end, pull, level):
+def _above_level(y, strengths, is_end, pull, level):
     """For every entry: whether it lies above its segment's level in the best two-label solution."""
-    bound = jnp.where(is_end, 0, strength)
+    bound = jnp.where(is_end, 0, strengths)
 
     def follow(left, right):
         return left[0] + right[0], jnp.clip(left[1] + right[0], *right[1:]), jnp.clip(left[2] + right[0], *right[1:])
 
-    cost = (level - y) - strength * pull
-    far = jnp.asarray(jnp.inf, y.dtype)
+    cost = (level - y) - strengths * pull
+    far = jnp.full_like(y[0], jnp.inf)
     start, low, high = _scan(follow, (cost, -bound, bound), (jnp.zeros_like(far), -far, far))
     message = jnp.clip(start, low, high)  # what entry i tells i + 1: its cost of lying above, within what a cut costs
     before = jnp.roll(message, 1).at[0].set(0)
@@ -106,7 +128,7 @@ def _from_the_right(known, values):
     def take(right, left):
         return right[0] | left[0], jnp.where(left[0], left[1], right[1])
 
-    return _scan(take, (known, values), (jnp.array(False), jnp.zeros([], values.dtype)), reverse=True)[1]
+    return _scan(take, (known, values), (jnp.zeros_like(known[0]), jnp.zeros_like(values[0])), reverse=True)[1]
 
 
 def _scan(op: Callable[[Any, Any], Any], elements: Any, identity: Any, reverse: bool = False, block: int = 128) -> Any:

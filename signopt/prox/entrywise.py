@@ -1,13 +1,16 @@
 """Penalties that are sums over single entries."""
 
+import jax
 from jax.core import Tracer
 import jax.numpy as jnp
+import numpy as np
 
+from signopt import _check
+from signopt import _float
 from signopt.prox.penalty import Prox
 from signopt.prox.penalty import Scalar
-from signopt.prox.penalty import at_least_zero
 from signopt.prox.penalty import per_leaf
-from signopt.prox.penalty import positive
+from signopt.prox.penalty import total
 
 
 def zero() -> Prox:
@@ -16,7 +19,8 @@ def zero() -> Prox:
     .. math::
       \operatorname*{argmin}_x \tfrac{1}{2\tau} \|x - y\|_2^2 = y
     """
-    return per_leaf(lambda y, t: y, lambda x: jnp.zeros([], x.dtype), lambda y, t: jnp.zeros_like(y), separable=True)
+    nothing = lambda y, t: jnp.zeros_like(y)  # noqa: E731
+    return per_leaf(lambda y, t: y, lambda x: jnp.sum(jnp.zeros_like(x)), nothing, separable=True)
 
 
 def l1(strength: Scalar, *, non_negative: bool = False) -> Prox:
@@ -39,18 +43,20 @@ def l1(strength: Scalar, *, non_negative: bool = False) -> Prox:
       >>> prox(jnp.array([3.0, -1.5, 0.5]), 0.5).tolist(), float(prox.value(jnp.array([3.0, -1.5])))
       ([2.0, -0.5, 0.0], 9.0)
     """
-    at_least_zero("l1", "strength", strength)
+    _check.at_least(0, strength, "l1", "strength")
     if non_negative:
         return per_leaf(
-            lambda y, t: jnp.maximum(y - t * strength, 0),
-            lambda x: jnp.sum(jnp.where(x < 0, jnp.inf, strength * x)),
-            lambda y, t: jnp.minimum(y, t * strength),
+            lambda y, t, s: jnp.maximum(y - t * s, 0),
+            lambda x, s: jnp.sum(jnp.where(x < 0, jnp.inf, s * x)),
+            lambda y, t, s: jnp.minimum(y, t * s),
+            strengths=(strength,),
             separable=True,
         )
     return per_leaf(
-        lambda y, t: _soft_threshold(y, t * strength),
-        lambda x: strength * jnp.sum(jnp.abs(x)),
-        lambda y, t: jnp.clip(y, -(t * strength), t * strength),
+        lambda y, t, s: _soft_threshold(y, t * s),
+        lambda x, s: jnp.sum(s * jnp.abs(x)),
+        lambda y, t, s: jnp.clip(y, -(t * s), t * s),
+        strengths=(strength,),
         separable=True,
     )
 
@@ -73,7 +79,7 @@ def l2_squared(strength: Scalar) -> Prox:
       >>> signopt.prox.l2_squared(2.0)(jnp.array([3.0, -1.0]), 0.5).tolist()
       [1.5, -0.5]
     """
-    at_least_zero("l2_squared", "strength", strength)
+    _check.at_least(0, strength, "l2_squared", "strength")
     return _elastic_net(0.0, strength)
 
 
@@ -96,8 +102,8 @@ def elastic_net(l1_strength: Scalar, l2_strength: Scalar) -> Prox:
       >>> signopt.prox.elastic_net(2.0, 2.0)(jnp.array([3.0, -1.5, 0.5]), 0.5).tolist()
       [1.0, -0.25, 0.0]
     """
-    at_least_zero("elastic_net", "l1_strength", l1_strength)
-    at_least_zero("elastic_net", "l2_strength", l2_strength)
+    _check.at_least(0, l1_strength, "elastic_net", "l1_strength")
+    _check.at_least(0, l2_strength, "elastic_net", "l2_strength")
     return _elastic_net(l1_strength, l2_strength)
 
 
@@ -127,23 +133,34 @@ def mcp(strength: Scalar, gamma: Scalar = 3.0) -> Prox:
       Zhang, `Nearly unbiased variable selection under minimax concave penalty <https://arxiv.org/abs/1002.4734>`_, 2010,
       equations 2.1 and 2.2 (there :math:`\tau = 1`). We add the case :math:`\tau \ge \gamma`.
     """
-    at_least_zero("mcp", "strength", strength)
-    positive("mcp", "gamma", gamma)
+    _check.at_least(0, strength, "mcp", "strength")
+    _check.positive(gamma, "mcp", "gamma")
 
-    def residual(y, t):
+    def cases(size, t, s, g, below, between, beyond):
+        """What |y| = `size` meets. The last case of each is also where NaN goes."""
+        soft = jnp.where(size <= t * s, below, jnp.where(size > g * s, beyond, between))
+        hard = jnp.where(size <= s * (jnp.sqrt(g) * jnp.sqrt(t)), below, beyond)
+        return jnp.where(t < g, soft, hard)
+
+    def slope(t, g):
+        return jnp.where(t < g, g - t, 1)
+
+    def apply(y, t, s, g):
         size = jnp.abs(y)
-        slope = jnp.where(t < gamma, 1 - t / gamma, 1)
-        line = jnp.sign(y) * t * (strength - size / gamma) / slope
-        soft = jnp.where(size <= t * strength, y, jnp.where(size <= gamma * strength, line, 0))
-        hard = jnp.where(size <= strength * jnp.sqrt(gamma * t), y, 0)
-        return jnp.where(t < gamma, soft, hard)
+        line = jnp.sign(y) * (g / slope(t, g)) * (size - t * s)
+        return cases(size, t, s, g, jnp.zeros_like(y), line, y)
 
-    def value(x):
+    def residual(y, t, s, g):
+        size = jnp.abs(y)
+        line = jnp.sign(y) * (t / slope(t, g)) * (g * s - size)
+        return cases(size, t, s, g, y, line, jnp.where(jnp.isnan(y), y, 0))
+
+    def value(x, s, g):
         size = jnp.abs(x)
-        inner = strength * size - size**2 / (2 * gamma)
-        return jnp.sum(jnp.where(size <= gamma * strength, inner, gamma * strength**2 / 2))
+        inner = size * (s - size / (2 * g))
+        return jnp.sum(jnp.where(size > g * s, s * (g * s) / 2, inner))
 
-    return per_leaf(lambda y, t: y - residual(y, t), value, residual)
+    return per_leaf(apply, value, residual, strengths=(strength, gamma))
 
 
 def box(lower: Scalar | None = None, upper: Scalar | None = None) -> Prox:
@@ -165,14 +182,27 @@ def box(lower: Scalar | None = None, upper: Scalar | None = None) -> Prox:
       >>> prox(jnp.array([3.0, -0.5]), 0.1).tolist(), float(prox.value(jnp.array([3.0, -0.5])))
       ([1.0, -0.5], inf)
     """
-    known = not isinstance(lower, Tracer) and not isinstance(upper, Tracer)
-    if known and lower is not None and upper is not None and not jnp.all(jnp.asarray(lower) <= jnp.asarray(upper)):
+    bounds = {"lower": lower, "upper": upper}
+    for name, bound in bounds.items():
+        if bound is not None:
+            _check.number(bound, "box", name)
+    known = {name: np.asarray(jax.device_get(x)) for name, x in bounds.items() if not isinstance(x, Tracer | None)}
+    if len(known) == 2 and not np.all(known["lower"] <= known["upper"]):
         raise ValueError(f"`box(lower=...)` has to be at most `upper`, got lower={lower} and upper={upper}.")
-    return per_leaf(
-        lambda y, t: jnp.clip(y, lower, upper),
-        lambda x: jnp.where(jnp.all(x == jnp.clip(x, lower, upper)), 0.0, jnp.inf),
-        separable=True,
-    )
+
+    def within(x):
+        """The bounds for every entry of `x`, in float32 at least."""
+        dtype = _float.wide_dtype(x)
+        return [None if b is None else jnp.broadcast_to(jnp.asarray(b, dtype), x.shape) for b in (lower, upper)]
+
+    def value(x):
+        # Bounds as the leaf can hold them, so that what lands on one is inside.
+        low, high = (None if b is None else b.astype(x.dtype) for b in within(x))
+        inside = jnp.clip(x, low, high) == x
+        return jnp.sum(jnp.where(inside, 0, jnp.where(jnp.isnan(x), x, jnp.inf)).astype(_float.wide_dtype(x)))
+
+    clip = per_leaf(lambda y, t: jnp.clip(y, *within(y)), jnp.sum)
+    return Prox(clip.apply, lambda tree: total(lambda x: value(jnp.asarray(x)), tree), separable=True)
 
 
 def non_negative() -> Prox:
@@ -181,7 +211,7 @@ def non_negative() -> Prox:
     .. math::
       \operatorname*{argmin}_{x \ge 0} \|x - y\|_2^2 = \max(y, 0)
     """
-    return l1(0.0, non_negative=True)
+    return box(lower=0.0)
 
 
 def binary(strength: Scalar) -> Prox:
@@ -208,23 +238,35 @@ def binary(strength: Scalar) -> Prox:
     References:
       Bai et al., `ProxQuant <https://arxiv.org/abs/1810.00861>`_, 2018, the W-shaped regularizer of section 3.
     """
-    at_least_zero("binary", "strength", strength)
-    nearer = lambda y: jnp.where(y < 0, -1, 1).astype(y.dtype)  # noqa: E731
+    _check.at_least(0, strength, "binary", "strength")
 
-    def apply(y, t):
-        return nearer(y) + nearer(y) * _soft_threshold(jnp.abs(y) - 1, t * strength)
+    def nearer(y):
+        return jnp.where(y < 0, -jnp.ones_like(y), jnp.ones_like(y))
 
-    def residual(y, t):
-        return nearer(y) * jnp.clip(jnp.abs(y) - 1, -(t * strength), t * strength)
+    def residual(y, t, s):
+        return nearer(y) * jnp.clip(jnp.abs(y) - 1, -(t * s), t * s)
 
-    return per_leaf(apply, lambda x: strength * jnp.sum(jnp.abs(jnp.abs(x) - 1)), residual)
+    def apply(y, t, s):
+        lands = jnp.abs(jnp.abs(y) - 1) <= t * s
+        return jnp.where(lands, nearer(y), y - residual(y, t, s))
+
+    return per_leaf(apply, lambda x, s: jnp.sum(s * jnp.abs(jnp.abs(x) - 1)), residual, strengths=(strength,))
 
 
 def _elastic_net(l1_strength, l2_strength):
+    def apply(y, t, s, d):
+        return _soft_threshold(y, t * s) / (1 + t * d)
+
+    def residual(y, t, s, d):
+        decay = t * d
+        share = jnp.where(decay > 1, 1 / (1 + 1 / jnp.maximum(decay, 1)), decay / (1 + jnp.minimum(decay, 1)))
+        return jnp.clip(y, -(t * s), t * s) / (1 + decay) + y * share
+
     return per_leaf(
-        lambda y, t: _soft_threshold(y, t * l1_strength) / (1 + t * l2_strength),
-        lambda x: l1_strength * jnp.sum(jnp.abs(x)) + l2_strength / 2 * jnp.sum(x**2),
-        lambda y, t: (jnp.clip(y, -(t * l1_strength), t * l1_strength) + y * (t * l2_strength)) / (1 + t * l2_strength),
+        apply,
+        lambda x, s, d: jnp.sum(jnp.abs(x) * (s + d / 2 * jnp.abs(x))),
+        residual,
+        strengths=(l1_strength, l2_strength),
         separable=True,
     )
 

@@ -8,9 +8,10 @@ import dataclasses
 from typing import Any
 
 import jax
-from jax.core import Tracer
 import jax.numpy as jnp
-import numpy as np
+
+from signopt import _check
+from signopt import _float
 
 Scalar = float | jax.Array
 Operator = Callable[[Any, Any], Any]  # prox(x, step_size) -> x
@@ -23,15 +24,16 @@ class Prox:
     .. math::
       \operatorname{prox}_{\tau r}(y) = \operatorname*{argmin}_x \tfrac{1}{2\tau} \|x - y\|_2^2 + r(x)
 
-    `prox(x, step_size)` applies it. One of your own needs `apply` only; `value` is for reporting objectives.
+    `prox(x, step_size)` applies it. A penalty of your own needs only `apply`. Reporting an objective needs the value too.
 
     Attributes:
-      apply: `apply(x, step_size) -> x`, the operator, on a tree; shapes and dtypes stay.
+      apply: `apply(x, step_size) -> x`, the operator, on a tree. It keeps shapes and dtypes.
       penalty_value: `penalty_value(x) -> scalar`, :math:`r(x)`.
-      own_residual: `own_residual(y, step_size) -> y - prox(y)`, where that can be had without a cancellation. The
-        difference of two close numbers has few correct digits and often the wrong sign.
-      separable: Whether :math:`r` is a sum over entries of convex functions. Then the sign of the prox-gradient mapping
-        does not depend on the step size.
+      own_residual: `own_residual(y, step_size) -> y - prox(y)`, computed without a subtraction of two close numbers. Such a
+        difference has few correct digits and often the wrong sign.
+      separable: Whether :math:`r` is a sum of convex functions of single entries. Then the sign of the prox-gradient
+        mapping does not depend on the step size.
+      random: `random(*numbers) -> Prox`, if each step draws its operator: see `sampled`.
 
     Examples:
       >>> import jax.numpy as jnp, signopt
@@ -44,6 +46,7 @@ class Prox:
     penalty_value: Callable[[Any], jax.Array] | None = None
     own_residual: Callable[[Any, Scalar], Any] | None = None
     separable: bool = False
+    random: Callable[..., "Prox"] | None = None
 
     def __call__(self, x: Any, step_size: Scalar) -> Any:
         """Apply the operator.
@@ -57,16 +60,16 @@ class Prox:
 
         Raises:
           ValueError: If `step_size` is negative, or the operator changes the structure or a shape.
-          TypeError: If a leaf is not of a floating-point dtype, or the operator changes a dtype.
+          TypeError: If `step_size` is no number, a leaf is not of a floating-point dtype, or the operator changes a dtype.
         """
-        at_least_zero("prox", "step_size", step_size)
+        _check.at_least(0, step_size, "prox", "step_size")
         _require_floating(x)
         out = self.apply(x, step_size)
         _require_alike(out, x)
         return out
 
     def value(self, x: Any) -> jax.Array:
-        """The penalty itself, a scalar in at least float32; inf outside its domain.
+        """The penalty itself, a scalar in at least float32; inf outside its domain, and NaN if an entry is NaN.
 
         Raises:
           ValueError: If this operator was made without `penalty_value`.
@@ -84,10 +87,17 @@ class Prox:
             return jax.tree.map(jnp.subtract, y, self(y, step_size))
         return self.own_residual(y, step_size)
 
+    def draw(self, *numbers: jax.Array | int) -> "Prox":
+        """The operator for one step: a `sampled` penalty draws it by `numbers` (a step, a worker), others return themselves.
 
-def as_prox(prox: Any, caller: str) -> Any:
-    """`prox` as an object with a residual; a plain function `prox(x, step_size) -> x` becomes a `Prox`."""
-    if hasattr(prox, "residual"):
+        The same numbers draw the same operator.
+        """
+        return self if self.random is None else self.random(*numbers)
+
+
+def as_prox(prox: Any, caller: str) -> Prox:
+    """`prox` as a `Prox`; a plain function `prox(x, step_size) -> x` becomes one."""
+    if isinstance(prox, Prox):
         return prox
     if callable(prox):
         return Prox(prox)
@@ -98,44 +108,52 @@ def as_prox(prox: Any, caller: str) -> Any:
 
 
 def per_leaf(
-    apply: Callable[[jax.Array, Scalar], jax.Array],
-    value: Callable[[jax.Array], jax.Array],
-    residual: Callable[[jax.Array, Scalar], jax.Array] | None = None,
+    apply: Callable[..., jax.Array],
+    value: Callable[..., jax.Array],
+    residual: Callable[..., jax.Array] | None = None,
     *,
+    strengths: tuple[Scalar, ...] = (),
     separable: bool = False,
 ) -> Prox:
     """A penalty that is a sum over leaves, from functions of one array.
 
-    They are given at least float32, and what they return is rounded to the dtype of the leaf.
+    Args:
+      apply: `apply(y, step_size, *strengths)`. All its arguments have one dtype, float32 at least. The result is rounded
+        to the dtype of the leaf.
+      value: `value(x, *strengths)`, likewise.
+      residual: `residual(y, step_size, *strengths)`, likewise, or None.
+      strengths: Numbers, possibly traced.
+      separable: As in `Prox`.
     """
 
+    def wide(x):
+        x = _float.widen(x)
+        return x, [jnp.asarray(strength, x.dtype) for strength in strengths]
+
     def on_tree(function):
-        def mapped(tree, step_size):
-            return jax.tree.map(lambda x: function(widen(x), step_size).astype(jnp.result_type(x)), tree)
+        def on_leaf(x, step_size):
+            y, numbers = wide(x)
+            return function(y, jnp.asarray(step_size, y.dtype), *numbers).astype(jnp.result_type(x))
 
-        return mapped
+        return lambda tree, step_size: jax.tree.map(lambda x: on_leaf(x, step_size), tree)
 
-    def total(tree):
-        return sum((value(widen(x)) for x in jax.tree.leaves(tree)), jnp.zeros([], jnp.float32))
+    def on_leaf_value(x):
+        x, numbers = wide(x)
+        return value(x, *numbers)
 
-    return Prox(on_tree(apply), total, None if residual is None else on_tree(residual), separable)
-
-
-def widen(x: jax.Array) -> jax.Array:
-    """`x` in at least float32."""
-    return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
-
-
-def at_least_zero(call: str, argument: str, value: Any) -> None:
-    """Raise a `ValueError` if `value` is known and negative or NaN; traced values pass."""
-    if not isinstance(value, Tracer) and not np.all(np.asarray(value) >= 0):
-        raise ValueError(f"`{call}({argument}=...)` has to be at least 0, got {value}.")
+    return Prox(
+        on_tree(apply),
+        lambda tree: total(on_leaf_value, tree),
+        None if residual is None else on_tree(residual),
+        separable,
+    )
 
 
-def positive(call: str, argument: str, value: Any) -> None:
-    """Raise a `ValueError` if `value` is known and not positive; traced values pass."""
-    if not isinstance(value, Tracer) and not np.all(np.asarray(value) > 0):
-        raise ValueError(f"`{call}({argument}=...)` has to be positive, got {value}.")
+def total(value: Callable[[jax.Array], jax.Array], tree: Any) -> jax.Array:
+    """The sum of `value(leaf)` over the leaves, a scalar in at least float32."""
+    values = [value(x) for x in jax.tree.leaves(tree)]
+    dtype = _float.wide_dtype(*values)
+    return sum((x.astype(dtype) for x in values), jnp.zeros([], dtype))
 
 
 def _require_floating(tree):

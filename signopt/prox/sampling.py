@@ -1,80 +1,16 @@
 """A penalty that is a mean of many, of which a step looks at a few."""
 
 from collections.abc import Callable, Sequence
-import dataclasses
-import operator
-from typing import Any
 
 import jax
 from jax import lax
 import jax.numpy as jnp
 
+from signopt import _axis
+from signopt import _check
+from signopt import _float
 from signopt.prox.penalty import Prox
-from signopt.prox.penalty import Scalar
 from signopt.prox.penalty import as_prox
-
-
-@dataclasses.dataclass(frozen=True)
-class SampledProx:
-    r"""The mean of several penalties, :math:`r = \tfrac1B \sum_b r_b`; made by `sampled`.
-
-    As a `Prox` it is the mean of all operators, which is not the operator of the mean but has the same fixed points as
-    :math:`\tau \to 0`. `draw` gives the one that a step of the stochastic algorithm uses.
-
-    Attributes:
-      penalty: `penalty(index) -> Prox` for a traced index in 0 ... num_penalties - 1.
-      num_penalties: B.
-      num_samples: How many are drawn for a step, without replacement.
-      key: Where the draws come from.
-    """
-
-    penalty: Callable[[jax.Array], Prox]
-    num_penalties: int
-    num_samples: int
-    key: jax.Array
-
-    own_residual = True
-    separable = False  # a mean of clipped slopes depends on the step size
-
-    def draw(self, *numbers: jax.Array | int) -> Prox:
-        """The mean of a few operators, chosen by the key folded with `numbers` (a step, a worker)."""
-        key = self.key
-        for number in numbers:
-            key = jax.random.fold_in(key, number)
-        return self._mean_of(jax.random.choice(key, self.num_penalties, (self.num_samples,), replace=False))
-
-    def __call__(self, x: Any, step_size: Scalar) -> Any:
-        """The mean of all operators."""
-        return self._all()(x, step_size)
-
-    def value(self, x: Any) -> jax.Array:
-        """The mean of all penalties."""
-        return self._all().value(x)
-
-    def residual(self, y: Any, step_size: Scalar) -> Any:
-        """What the mean of all operators takes away."""
-        return self._all().residual(y, step_size)
-
-    def _all(self):
-        return self._mean_of(jnp.arange(self.num_penalties))
-
-    def _mean_of(self, indices):
-        """One after another, so that the memory is that of a few and only what is drawn is computed."""
-
-        def mean(what, like):
-            def add(total, index):
-                part = what(self.penalty(index))
-                return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, part), None
-
-            wide = lambda x: jnp.zeros(jnp.shape(x), jnp.promote_types(jnp.result_type(x), jnp.float32))  # noqa: E731
-            total, _ = lax.scan(add, jax.tree.map(wide, like), indices)
-            return jax.tree.map(lambda t, x: (t / indices.size).astype(jnp.result_type(x)), total, like)
-
-        return Prox(
-            apply=lambda x, step_size: mean(lambda prox: prox(x, step_size), x),
-            penalty_value=lambda x: mean(lambda prox: prox.value(x), jnp.zeros([], jnp.float32)),
-            own_residual=lambda y, step_size: mean(lambda prox: prox.residual(y, step_size), y),
-        )
 
 
 def sampled(
@@ -83,13 +19,15 @@ def sampled(
     num_samples: int,
     key: jax.Array,
     num_penalties: int | None = None,
-) -> SampledProx:
-    r"""The mean of many penalties, of which each step draws a few.
+) -> Prox:
+    r"""The mean of many penalties, :math:`r = \tfrac1B \sum_b r_b`, of which each step draws a few.
 
     .. math::
       P(x) = \frac{1}{|S|} \sum_{b \in S} \operatorname{prox}_{\tau r_b}(x - \tau g), \qquad S \subset \{1 \dots B\}
 
-    `scale_by_prox_gradient`, `signprox` and `prox_step` draw anew in every step; workers draw for themselves.
+    `scale_by_prox_gradient`, `signprox` and `prox_step` draw anew in every step; workers draw for themselves. Called by
+    itself it is the mean of all operators. That is not the operator of the mean, but has the same fixed points as
+    :math:`\tau \to 0`.
 
     Args:
       penalties: The :math:`r_b`: a sequence, or a function of a traced index, which compiles once however many there are.
@@ -98,10 +36,11 @@ def sampled(
       num_penalties: B, if `penalties` is a function.
 
     Returns:
-      A penalty for the places that take one.
+      A penalty whose `draw(*numbers)` is the mean of the operators drawn by the key folded with `numbers`.
 
     Raises:
       ValueError: If `num_samples` is outside 1 ... B, or `num_penalties` is missing or does not fit.
+      TypeError: If a number is no Python integer.
 
     Examples:
       >>> import jax, jax.numpy as jnp, signopt
@@ -122,6 +61,7 @@ def sampled(
                 "`sampled(num_penalties=...)` has to be given when `penalties` is a function, got None. Say how many "
                 "penalties there are."
             )
+        _check.count(count, "sampled", "num_penalties")
     else:
         branches = [as_prox(prox, "sampled") for prox in penalties]
         penalty, count = _choose(branches), len(branches)
@@ -130,20 +70,63 @@ def sampled(
                 f"`sampled(num_penalties=...)` has to be the number of penalties, {count}, got {num_penalties}. Leave it "
                 "out."
             )
+    _check.count(num_samples, "sampled", "num_samples", least=0)
     if not 1 <= num_samples <= count:
         raise ValueError(f"`sampled(num_samples=...)` has to be in 1 ... {count}, got {num_samples}.")
-    return SampledProx(penalty, operator.index(count), operator.index(num_samples), key)
+
+    def draw(*numbers):
+        drawn = key
+        for number in numbers:
+            drawn = jax.random.fold_in(drawn, number)
+        return _mean_of(penalty, jax.random.choice(drawn, count, (num_samples,), replace=False))
+
+    every = lambda: _mean_of(penalty, jnp.arange(count))  # noqa: E731  made where it is used: it may be traced there
+    return Prox(
+        apply=lambda x, step_size: every().apply(x, step_size),
+        penalty_value=lambda x: every().value(x),
+        own_residual=lambda y, step_size: every().residual(y, step_size),
+        separable=False,  # a mean of clipped slopes depends on the step size
+        random=draw,
+    )
+
+
+def _mean_of(penalty, indices):
+    """The mean of some operators. One after another, so that the memory is that of two and only these are computed."""
+
+    def mean(what, like):
+        part = lambda index: what(penalty(index))  # noqa: E731
+
+        def add(total, index):
+            return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, part(index)), None
+
+        zeros = jax.tree.map(lambda x: jnp.zeros_like(x, _float.wide_dtype(x)), like)
+        total, _ = lax.scan(add, _axis.to_varying(zeros, _axis.varying_of(part, indices[0])), indices)
+        return jax.tree.map(lambda t, x: (t / indices.size).astype(jnp.result_type(x)), total, like)
+
+    def value(x):
+        like = jax.eval_shape(lambda index: penalty(index).value(x), indices[0])
+        return mean(lambda prox: prox.value(x), jnp.zeros([], like.dtype))
+
+    return Prox(
+        apply=lambda x, step_size: mean(lambda prox: prox(x, step_size), x),
+        penalty_value=value,
+        own_residual=lambda y, step_size: mean(lambda prox: prox.residual(y, step_size), y),
+    )
 
 
 def _choose(branches):
     """The function of a traced index that stands for a sequence of penalties."""
 
+    def pick(index, functions, *operands):
+        axes = tuple({name for function in functions for name in _axis.varying_of(function, *operands)})
+        alike = [lambda *args, function=function: _axis.to_varying(function(*args), axes) for function in functions]
+        return lax.switch(index, alike, *operands)
+
     def penalty(index):
-        pick = lambda functions, *operands: lax.switch(index, functions, *operands)  # noqa: E731
         return Prox(
-            apply=lambda x, step_size: pick([prox.__call__ for prox in branches], x, step_size),
-            penalty_value=lambda x: pick([prox.value for prox in branches], x),
-            own_residual=lambda y, step_size: pick([prox.residual for prox in branches], y, step_size),
+            apply=lambda x, step_size: pick(index, [prox.__call__ for prox in branches], x, step_size),
+            penalty_value=lambda x: pick(index, [prox.value for prox in branches], x),
+            own_residual=lambda y, step_size: pick(index, [prox.residual for prox in branches], y, step_size),
         )
 
     return penalty

@@ -48,11 +48,16 @@ def _shrink_jvp(primals, tangents):
     ut, v = u.mT, vt.mT
     d = ut @ dy @ v
     inner = _slopes(s, f) * (d + d.mT) / 2 + _ratio(_pairs(f, jnp.add), _pairs(s, jnp.add)) * (d - d.mT) / 2
-    inner -= dt * (f > 0)[..., None, :] * jnp.eye(f.shape[-1], dtype=f.dtype)
+    inner -= dt * (f > 0)[..., None, :] * _eye(f)
     keep = _ratio(f, s)[..., None, :]
     beside = ((dy @ v - u @ d) * keep) @ vt  # (1 - UU') dY V ...
     below = (u * keep) @ (ut @ dy - d @ vt)  # ... dY (1 - VV')
     return out, u @ inner @ vt + beside + below
+
+
+def _eye(f):
+    n = f.shape[-1]
+    return jnp.broadcast_to(jnp.eye(n, dtype=f.dtype), (*f.shape, n))
 
 
 def _slopes(s, f):

@@ -12,20 +12,20 @@ one bit for each entry. That is not the proximal operator after a sign step,
 second and does what decoupled weight decay does: useful, but with fixed points of its own.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from signopt import _axis
+from signopt import _check
+from signopt import _float
 from signopt import sign
 from signopt.prox.penalty import Operator
 from signopt.prox.penalty import Prox
+from signopt.prox.penalty import Scalar
 from signopt.prox.penalty import as_prox
-from signopt.prox.penalty import positive
-from signopt.prox.penalty import widen
-from signopt.prox.sampling import SampledProx
 
 _SMALLEST_STEP = 1e-30  # what a schedule that ends at zero is taken for
 
@@ -45,7 +45,7 @@ class ScaleByProxGradientState(NamedTuple):
 
 
 def scale_by_prox_gradient(
-    prox: Prox | SampledProx | Operator,
+    prox: Prox | Operator,
     step_size: optax.ScalarOrSchedule | None = None,
     *,
     reach: optax.ScalarOrSchedule | None = None,
@@ -100,7 +100,7 @@ def scale_by_prox_gradient(
         )
     name, length = ("step_size", step_size) if reach is None else ("reach", reach)
     if not callable(length):
-        positive(caller, name, length)
+        _check.positive(length, caller, name)
 
     def init_fn(params):
         del params
@@ -110,33 +110,35 @@ def scale_by_prox_gradient(
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        params = _require_params(params, caller)
+        params = _check.params(params, caller, "a penalty depends on the parameters")
         sign.require_floating(updates, caller)
         tau = jnp.asarray(length(state.count) if callable(length) else length, jnp.float32)
-        grads = jax.tree.map(widen, updates)
-        if not prox.separable:  # a number that is not finite shall cost its own vote only
-            grads = jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, 0), grads)
+        grads = jax.tree.map(lambda x, g: _float.widen(g).astype(_float.wide_dtype(x, g)), params, updates)
+        finite = jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, 0), grads)
         travelled, slopes = state.travelled, state.slopes
         if reach is not None:
-            travelled, slopes = travelled + tau, slopes + _rms(grads)
+            travelled, slopes = travelled + tau, slopes + _float.rms(finite)
             tau = travelled / jnp.where(slopes > 0, slopes, 1)
         tau = jnp.maximum(tau, _SMALLEST_STEP)
-        per_tau = 1 / tau
-        drawn = prox.draw(state.count, _axis.index(axis_name)) if isinstance(prox, SampledProx) else prox
-        arrived = jax.tree.map(lambda x, g: widen(x) - tau * g, params, grads)
-        landed, removed = drawn(arrived, tau), drawn.residual(arrived, tau)
+        drawn = prox.draw(state.count, _axis.index(axis_name)) if prox.random else prox
+        # Where entries hang together, one that is not finite shall cost its own vote only.
+        taken = grads if prox.separable else finite
+        arrived = jax.tree.map(lambda x, g: x.astype(g.dtype) - tau.astype(g.dtype) * g, _as_arrays(params), taken)
+        landed = drawn(arrived, tau)
+        is_exact = drawn.own_residual is not None
+        removed = drawn.residual(arrived, tau) if is_exact else jax.tree.map(jnp.subtract, arrived, landed)
 
         def mapping(raw, g, x, y, p, residual):
-            x = widen(x)
+            x, per_tau = x.astype(g.dtype), 1 / tau.astype(g.dtype)
             out = g + residual * per_tau
-            if drawn.own_residual is None:  # the difference of y and p is rounding error if p is where x was
+            if not is_exact:  # the difference of y and p is rounding error if p is where x was
                 out = jnp.where((p == x) & (y != x), 0, out)
             out = jnp.where(p == 0, x * per_tau, out)
             if not prox.separable:
                 residual = jnp.where(jnp.isfinite(raw), residual, 0)
-            return jnp.where(residual == 0, raw, _keep_sign(out, raw.dtype))
+            return jnp.where(residual == 0, raw, _keep_sign(out, jnp.isfinite(raw) & jnp.isfinite(x), raw.dtype))
 
-        mapped = jax.tree.map(mapping, updates, grads, params, arrived, landed, removed)
+        mapped = jax.tree.map(mapping, _as_arrays(updates), taken, _as_arrays(params), arrived, landed, removed)
         return mapped, ScaleByProxGradientState(jnp.asarray(optax.safe_increment(state.count)), travelled, slopes)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -152,9 +154,7 @@ class ProxStepState(NamedTuple):
     count: jax.Array
 
 
-def prox_step(
-    prox: Prox | SampledProx | Operator, learning_rate: optax.ScalarOrSchedule
-) -> optax.GradientTransformationExtraArgs:
+def prox_step(prox: Prox | Operator, learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
     r"""Let parameters land on a proximal step: the last link of a chain.
 
     .. math::
@@ -188,8 +188,7 @@ def prox_step(
     """
     caller = "prox_step"
     prox = as_prox(prox, caller)
-    if not callable(learning_rate) and not isinstance(learning_rate, jax.Array) and not learning_rate >= 0:
-        raise ValueError(f"`{caller}(learning_rate=...)` has to be at least 0, got {learning_rate}.")
+    _check.learning_rate(learning_rate, caller)
 
     def init_fn(params):
         del params
@@ -197,15 +196,20 @@ def prox_step(
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        params = _require_params(params, caller)
+        params = _check.params(params, caller, "a penalty depends on the parameters")
         sign.require_floating(updates, caller)
         rate = jnp.asarray(learning_rate(state.count) if callable(learning_rate) else learning_rate)
-        drawn = prox.draw(state.count) if isinstance(prox, SampledProx) else prox
-        landed = drawn(jax.tree.map(lambda x, u: widen(x) + widen(u), params, updates), rate)
+
+        def arrive(x, u):
+            dtype = _float.wide_dtype(x, u)
+            return jnp.asarray(x).astype(dtype) + jnp.asarray(u).astype(dtype)
+
+        landed = prox.draw(state.count)(jax.tree.map(arrive, params, updates), rate)
 
         def land(x, u, target):
-            target = target.astype(x.dtype)  # first: what the parameter can hold, then how to get there
-            return (widen(target) - widen(x)).astype(u.dtype)
+            held = target.astype(jnp.result_type(x))  # first: what the parameter can hold, then how to get there
+            dtype = _float.wide_dtype(x)
+            return (held.astype(dtype) - jnp.asarray(x).astype(dtype)).astype(jnp.result_type(u))
 
         moves = jax.tree.map(land, params, updates, landed)
         return moves, ProxStepState(jnp.asarray(optax.safe_increment(state.count)))
@@ -213,30 +217,57 @@ def prox_step(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _require_params(params, caller):
-    if params is None:
-        raise ValueError(
-            f"`{caller}(...).update(params=...)` has to be given, got None: a penalty depends on the parameters. Call "
-            "`update(updates, state, params)`."
-        )
-    return params
+def polish(params: Any, prox: Prox | Operator, step_size: Scalar, *, gradient: Any = None) -> Any:
+    r"""Finish parameters with one last proximal step.
+
+    .. math::
+      \operatorname{prox}_{\tau r}(x - \tau g)
+
+    Iterates of SignProx hover within one learning rate of zero and are never exactly on it; this puts them there.
+
+    Args:
+      params: Parameters.
+      prox: The penalty they were trained with.
+      step_size: :math:`\tau > 0`. Entries of an l1 penalty closer to zero than about :math:`\tau\lambda` are dropped, so
+        take a few times the last learning rate over the strength, or with a gradient, one over the curvature.
+      gradient: :math:`g`, the gradient of the loss at `params`, if it can be had without noise. With it a minimiser
+        stays where it is; without it the entries that remain are shrunk once more by the penalty.
+
+    Returns:
+      Parameters of the same shapes and dtypes.
+
+    Raises:
+      ValueError: If `step_size` is not positive.
+
+    Examples:
+      >>> import jax.numpy as jnp, signopt
+      >>> signopt.prox.polish(jnp.array([0.75, 1e-3]), signopt.prox.l1(0.25), 1.0).tolist()
+      [0.5, 0.0]
+      >>> slope = jnp.array([-0.25, 0.125])
+      >>> signopt.prox.polish(jnp.array([0.75, 1e-3]), signopt.prox.l1(0.25), 1.0, gradient=slope).tolist()
+      [0.75, 0.0]
+    """
+    _check.positive(step_size, "polish", "step_size")
+    wide = jax.tree.map(_float.widen, params)
+    if gradient is not None:
+
+        def forward(x, g):
+            return x - jnp.asarray(step_size, x.dtype) * jnp.asarray(g).astype(x.dtype)
+
+        wide = jax.tree.map(forward, wide, gradient)
+    landed = as_prox(prox, "polish")(wide, step_size)
+    return jax.tree.map(lambda old, new: new.astype(jnp.result_type(old)), params, landed)
 
 
-def _rms(grads):
-    """The root mean square over all entries of a tree; 0 for an empty one."""
-    leaves = [g for g in jax.tree.leaves(grads) if g.size]
-    if not leaves:
-        return jnp.zeros([], jnp.float32)
-    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(g)) for g in leaves]))
-    unit = jnp.where(largest > 0, largest, 1)  # so that squares neither overflow nor vanish
-    total = sum(jnp.sum((g / unit) ** 2) for g in leaves)
-    return (unit * jnp.sqrt(total / sum(g.size for g in leaves))).astype(jnp.float32)
+def _as_arrays(tree):
+    return jax.tree.map(jnp.asarray, tree)
 
 
-def _keep_sign(x, dtype):
-    """`x` in `dtype`, without becoming zero or infinite on the way: what is left of it is a vote."""
+def _keep_sign(x, finite, dtype):
+    """`x` in `dtype`; where `finite`, it does not become infinite on the way, nor zero: what is left of it is a vote."""
     info = jnp.finfo(dtype)
-    if info.minexp <= jnp.finfo(x.dtype).minexp:
-        return x.astype(dtype)
-    size = jnp.clip(jnp.abs(x), info.tiny.astype(x.dtype), info.max.astype(x.dtype))
-    return jnp.where(x == 0, 0, jnp.sign(x) * size).astype(dtype)
+    size = jnp.abs(x)
+    kept = jnp.minimum(size, info.max.astype(x.dtype))
+    if info.minexp > jnp.finfo(x.dtype).minexp:
+        kept = jnp.maximum(kept, info.tiny.astype(x.dtype))
+    return jnp.where(finite & (x != 0), jnp.sign(x) * kept, x).astype(dtype)
