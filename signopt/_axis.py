@@ -84,7 +84,7 @@ def deal(rows: jax.Array, axis_name: AxisName) -> jax.Array:
         return here
     num_devices, num_here = _product(devices), _product(vmapped)
     by_device = _to_devices_first(here, 1, axis_name).reshape(num_here, num_devices, num_here, -1).swapaxes(0, 1)
-    dealt = lax.all_to_all(to_varying(by_device, devices), devices, split_axis=0, concat_axis=0, tiled=True)
+    dealt = all_to_all(to_varying(by_device, devices), devices)
     return _to_order(dealt.reshape(num_devices * num_here, num_here, -1), axis_name)
 
 
@@ -93,9 +93,18 @@ def collect(rows: jax.Array, axis_name: AxisName) -> jax.Array:
     devices, _ = devices_and_vmapped(axis_name)
     if not devices:
         return rows
+    return _to_order(all_gather(to_varying(rows, devices), devices), axis_name)
+
+
+def all_to_all(rows: jax.Array, devices: tuple[Hashable, ...]) -> jax.Array:
+    """Row d of everybody's `rows` to device d; over device axes only."""
+    return lax.all_to_all(rows, devices, split_axis=0, concat_axis=0, tiled=True)
+
+
+def all_gather(rows: jax.Array, devices: tuple[Hashable, ...]) -> jax.Array:
+    """Everybody's `rows`, one after another, over device axes only; typed as the same on each."""
     same = "invarying" if all(map(_is_tracked, devices)) else "varying"
-    found = lax.all_gather(to_varying(rows, devices), devices, axis=0, tiled=True, to=same)
-    return _to_order(found, axis_name)
+    return lax.all_gather(rows, devices, axis=0, tiled=True, to=same)
 
 
 def own_row(rows: jax.Array, axis_name: AxisName) -> jax.Array:

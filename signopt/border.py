@@ -75,6 +75,11 @@ class Context(NamedTuple):
     extra: Mapping[str, Any] = {}
 
 
+def context_of(axis_name: _axis.AxisName, step: jax.Array, caller: str = "exchange", **known: Any) -> Context:
+    """What a border may know where this is traced."""
+    return Context(axis_name, _axis.size(axis_name, caller), _axis.index(axis_name), step, **known)
+
+
 class Memory(NamedTuple):
     """What a border remembers. Per worker.
 
@@ -245,16 +250,15 @@ def exchange(
 
     def update_fn(updates, state, params=None, *, present=None, **extra_args):
         del params
-        workers = _axis.size(axis_name, caller)
+        _axis.size(axis_name, caller)
         sign.require_floating(updates, caller)
         updates = jax.tree.map(jnp.asarray, updates)
         _axis.require_varying(updates, axis_name, caller)
         step = jnp.maximum(state.count - delay, 0)
-        context = Context(
-            axis_name=axis_name,
-            num_workers=workers,
-            worker=_axis.index(axis_name),
-            step=step,
+        context = context_of(
+            axis_name,
+            step,
+            caller,
             present=present,
             like=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), updates),
             key=None if key is None else jax.random.fold_in(key, step),

@@ -139,13 +139,7 @@ def low_rank_mean(
 
     def update_fn(updates, state, params=None, *, present=None, **extra_args):
         del params, extra_args
-        context = borders.Context(
-            axis_name=axis_name,
-            num_workers=_axis.size(axis_name, caller),
-            worker=_axis.index(axis_name),
-            step=state.count,
-            present=present,
-        )
+        context = borders.context_of(axis_name, state.count, caller, present=present)
         sign.require_floating(updates, caller)
         updates = jax.tree.map(jnp.asarray, updates)
         _axis.require_varying(updates, axis_name, caller)

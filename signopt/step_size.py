@@ -79,12 +79,25 @@ class Progress(NamedTuple):
     present: jax.Array
 
 
+class Seen(NamedTuple):
+    """What a vote with a learning rate of its own reports. Shared.
+
+    Attributes:
+      progress: What the rate is found from.
+      statistics: `VoteStatistics`, if they were asked for.
+    """
+
+    progress: Progress
+    statistics: Any = ()
+
+
 def adaptive_majority_vote(
     axis_name: _axis.AxisName,
     *,
     smoothness: Smoothness = None,
     estimator: Estimator = "margin",
     wire: vote.Wire = "two_bit",
+    report: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replace each worker's updates by the sign that most workers agree on, times a learning rate found on the way.
 
@@ -114,6 +127,7 @@ def adaptive_majority_vote(
         workers is taken, such as `measured_smoothness(key)`. Too small a number diverges.
       estimator: "margin", "exact" or "leave_one_out".
       wire: What travels, as in `majority_vote`. Only "psum" gives every worker what "exact" and "leave_one_out" need.
+      report: Whether the state keeps `VoteStatistics` of the last vote, as in `majority_vote`.
 
     Returns:
       A transformation with an `AdaptiveMajorityVoteState`, whose `learning_rate` is the same on every worker, bit for bit.
@@ -141,7 +155,7 @@ def adaptive_majority_vote(
       Algorithms 1 and 2 and equation (1) of Yang et al., Adaptive Multi-Hierarchical signSGD, 2020. It takes L for the
       smoothness, which has to be the sum over coordinates; *leave one out* and *margin* are ours.
     """
-    return at_found_rate("adaptive_majority_vote", axis_name, smoothness, estimator, wire, None)
+    return at_found_rate("adaptive_majority_vote", axis_name, smoothness, estimator, wire, None, report)
 
 
 def at_found_rate(
@@ -151,6 +165,7 @@ def at_found_rate(
     estimator: Estimator,
     wire: vote.Wire,
     scaled: optax.GradientTransformation | None,
+    report: bool,
 ) -> optax.GradientTransformationExtraArgs:
     """`adaptive_majority_vote` whose rate also scales what `scaled` adds to the votes, such as a weight decay."""
     _check.choice(wire, get_args(vote.Wire), caller, "wire")
@@ -166,9 +181,9 @@ def at_found_rate(
         )
     voting = borders.exchange(
         axis_name,
-        _by_sum(estimator) if wire == "psum" else _by_count(wire),
+        _by_sum(estimator, report) if wire == "psum" else _by_count(wire, report),
         caller=caller,
-        report_like=Progress(jnp.float32(0), jnp.float32(0)),
+        report_like=Seen(Progress(jnp.float32(0), jnp.float32(0)), vote.no_statistics() if report else ()),
     )
     scaled_tx = None if scaled is None else optax.with_extra_args_support(scaled)
 
@@ -196,7 +211,8 @@ def at_found_rate(
         else:
             total = jnp.asarray(_given(smoothness, updates), jnp.float32)
         # Those who are present stand in for those who are not.
-        progress = voted.report.share * (num_workers / jnp.maximum(voted.report.present, 1))
+        seen = voted.report.progress
+        progress = seen.share * (num_workers / jnp.maximum(seen.present, 1))
         rate = jnp.where(total > 0, jnp.maximum(progress, 0) / jnp.where(total > 0, total, 1), 0)
         new_scaled = state.scaled
         if scaled_tx is not None:
@@ -268,17 +284,12 @@ def _given(smoothness: Any, params: Any) -> Any:
 # ---- the vote, and the estimate of the progress that it promises: the sum of |g| (1 - 2 P) ---------------------------
 
 
-def _by_sum(estimator: str) -> borders.Border:
+def _by_sum(estimator: str, report: bool) -> borders.Border:
     """Every worker learns the sum of the signs, and looks at all coordinates; then one number is averaged."""
-
-    def encode(updates, memory, context):
-        return vote.signs_to_add(updates, context), memory
-
-    def decode(sums, like, context):
-        del context
-        return jax.tree.map(lambda s, x: jnp.sign(s).astype(x.dtype), sums, like)
+    plain = vote.by_sum(0.0, None, report)
 
     def observe(sums, updates, context):
+        statistics = plain.observe(sums, updates, context) if report else ()
         here = jnp.ones([], jnp.float32) if context.present is None else jnp.asarray(context.present, jnp.float32)
         voters = jnp.float32(context.num_workers)
         if context.present is not None:
@@ -295,17 +306,18 @@ def _by_sum(estimator: str) -> borders.Border:
                 return jnp.sum(size * with_sign) / voters
             return jnp.sum(size * (with_sign - 1)) / jnp.maximum(voters - 1, 1)
 
-        shares = map(share, jax.tree.leaves(updates), jax.tree.leaves(sums))
+        shares = map(share, jax.tree.leaves(updates), jax.tree.leaves(sums.signs))
         everybody = _axis.gather_scalar(sum(shares, jnp.float32(0)) * here, context.axis_name)
         # The mean over those present, as if all were.
-        return Progress(_float.sum_in_order(everybody) / voters, jnp.float32(context.num_workers))
+        progress = Progress(_float.sum_in_order(everybody) / voters, jnp.float32(context.num_workers))
+        return Seen(progress, statistics)
 
-    return borders.Border(encode, None, decode, observe=observe)
+    return plain._replace(observe=observe)
 
 
-def _by_count(wire: str) -> borders.Border:
+def _by_count(wire: str, report: bool) -> borders.Border:
     """The server of a row learns the margins there, and looks at its own magnitudes there; the shares are added up."""
-    packed = vote.by_bits(wire, 0.0, None, False)
+    packed = vote.by_bits(wire, 0.0, None, report)
 
     def keep(updates, context):
         present = jnp.ones([], jnp.float32) if context.present is None else jnp.asarray(context.present, jnp.float32)
@@ -316,9 +328,14 @@ def _by_count(wire: str) -> borders.Border:
         words = vote.decision(counts, wire, context.num_workers, jnp.int32(1), context.step)
         pieces, present = context.extra["kept"]
         share = _progress_where_served(pieces, counts, wire, context.num_workers, context.worker)
-        return (words, ()), memory, Progress(share * present, present)
+        counted = vote.count(ballots.signs, counts, wire) if report else ()
+        return (words, ()), memory, (Progress(share * present, present), counted)
 
-    return packed._replace(decide=decide, keep=keep, observe=lambda progress, updates, context: progress)
+    def observe(reports, updates, context):
+        progress, counted = reports
+        return Seen(progress, packed.observe(counted, updates, context) if report else ())
+
+    return packed._replace(decide=decide, keep=keep, observe=observe)
 
 
 def _progress_where_served(

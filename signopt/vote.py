@@ -140,7 +140,7 @@ def majority_vote(
             raise ValueError(f"`{caller}(block=...)` has to be a multiple of 8, got {block}.")
     return borders.exchange(
         axis_name,
-        _by_sum(quorum, block, report) if wire == "psum" else by_bits(wire, quorum, block, report),
+        by_sum(quorum, block, report) if wire == "psum" else by_bits(wire, quorum, block, report),
         caller=caller,
         delay=delay,
         num_workers=num_workers,
@@ -170,7 +170,7 @@ def no_statistics() -> VoteStatistics:
 # ---- the definition ------------------------------------------------------------------------------------------------
 
 
-def _by_sum(quorum, block, report) -> borders.Border:
+def by_sum(quorum: Any, block: int | None, report: bool) -> borders.Border:
     """The network adds integers up, so every worker knows all sums and decides by itself."""
 
     def encode(updates, memory, context):
@@ -190,13 +190,13 @@ def _by_sum(quorum, block, report) -> borders.Border:
         votes = signs_to_add(updates, context)
         pairs = list(zip(jax.tree.leaves(votes), jax.tree.leaves(sums.signs), strict=True))
 
-        def count(holds):
+        def number(holds):
             return jnp.asarray(sum((jnp.sum(holds(t, s), dtype=jnp.int32) for t, s in pairs), jnp.int32(0)))
 
         own = (
-            count(lambda t, s: (jnp.sign(t) == jnp.sign(s)) & (s != 0)),
-            count(lambda t, s: (t != 0) & (s != 0)),
-            count(lambda t, s: t != 0),
+            number(lambda t, s: (jnp.sign(t) == jnp.sign(s)) & (s != 0)),
+            number(lambda t, s: (t != 0) & (s != 0)),
+            number(lambda t, s: t != 0),
         )
         found = _axis.gather(jnp.stack(own).astype(jnp.float32), context.axis_name)
         counted = Counted(found[:, 0], found[:, 1], found[:, 2].sum(), jnp.float32(_entries(updates)))
@@ -247,7 +247,7 @@ def by_bits(wire: str, quorum: Any, block: int | None, report: bool) -> borders.
         lead = _lead(quorum, context.num_workers)
         words = decision(counts, wire, context.num_workers, lead, context.step)
         sizes = () if block is None else _mean(jax.tree.map(_float.sum_in_order, ballots), context)
-        return (words, sizes), memory, _count(ballots.signs, counts, wire) if report else ()
+        return (words, sizes), memory, count(ballots.signs, counts, wire) if report else ()
 
     def decode(decisions, like, context):
         words, sizes = decisions
@@ -298,7 +298,7 @@ def decision(
     return plus | (not_minus & tie)
 
 
-def _count(ballots, counts, wire) -> Counted:
+def count(ballots: UInt[Array, "workers row"], counts: list[UInt8[Array, " row"]], wire: str) -> Counted:
     """What `VoteStatistics` needs, read off the packed ballots of a row."""
     workers = len(ballots)
     if wire == "two_bit":

@@ -15,7 +15,6 @@ import numpy as np
 import optax
 
 import signopt
-from signopt import _swaps
 from signopt import workers
 from signopt.workers import check as processes
 import test_runners
@@ -120,10 +119,10 @@ def runners(folder, *names):
 
 
 def large(devices):
-    """The decisions of two votes over each packed wire that are large enough for processes to swap them."""
+    """The decisions of two large votes over each packed wire."""
     mesh = test_runners.mesh_of(devices, (len(devices),), ("w",))
     votes = {wire: signopt.majority_vote("w", wire=wire) for wire in ("one_bit", "two_bit")}
-    like = jnp.zeros(8 * _swaps._LARGE * len(devices) + 5)
+    like = jnp.zeros(2**19 * len(devices) + 5)
 
     def step(state, seed):
         gradient = jax.random.normal(jax.random.key(seed[0]), like.shape)
@@ -139,7 +138,6 @@ def large(devices):
 
 
 def large_votes(folder):
-    assert _swaps.should_deal(jnp.zeros((jax.device_count(), _swaps._LARGE), jnp.uint8))
     np.savez(folder / f"large {jax.process_index()}.npz", *large(jax.devices()))
 
 

@@ -12,7 +12,6 @@ import optax
 import pytest
 
 import signopt
-from signopt import _swaps
 from signopt import workers
 
 REPLICAS, SHARDS = 2, 4
@@ -65,10 +64,8 @@ def assert_equal(found, expected):
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
-@pytest.mark.parametrize("swapped", (False, True))
 @pytest.mark.parametrize("check_vma", (True, False))
-def test_votes_on_shards_are_those_on_whole_leaves_bit_for_bit(check_vma, swapped, devices, monkeypatch):
-    monkeypatch.setattr(_swaps, "_pays", lambda size, dtype: swapped)
+def test_votes_on_shards_are_those_on_whole_leaves_bit_for_bit(check_vma, devices):
     vote = signopt.majority_vote("replica")
     on_shards = trained(workers.on_shards(vote, SPECS), devices, check_vma=check_vma)
     assert_equal(on_shards, trained(vote, devices, check_vma=check_vma))

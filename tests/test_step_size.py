@@ -119,7 +119,7 @@ def test_leave_one_out_is_unbiased_and_exact_is_not():
     found = {}
     for estimator in ("leave_one_out", "exact"):
         tx = step_size.adaptive_majority_vote(AXIS, estimator=estimator, wire="psum", smoothness=1.0)
-        share = lambda values, tx=tx: tx.update(values, tx.init(values))[1].vote.report.share
+        share = lambda values, tx=tx: tx.update(values, tx.init(values))[1].vote.report.progress.share
         found[estimator] = jax.jit(jax.vmap(jax.vmap(share, out_axes=None, axis_name=AXIS)))(noise)
     error = float(found["leave_one_out"].std()) / math.sqrt(4000)
     assert abs(float(found["leave_one_out"].mean())) <= 5 * error

@@ -25,11 +25,12 @@ from experiments.common import data
 from experiments.common import models
 from experiments.common import namespaces
 from experiments.common import optimizers
+from experiments.common import swaps
 import signopt
 from signopt import _bits
-from signopt import _swaps
+from signopt import _flat
+from signopt import border
 from signopt import vote
-from signopt import wire as wires
 from signopt.workers import check as processes
 
 AXIS = optimizers.AXIS
@@ -50,9 +51,10 @@ def _int8_signs(values, state):
 
 def _gathered_signs(values, state):
     """Everybody's packed ballots to everybody, as most others do; counted as fast as `majority_vote` does."""
-    everybody = lax.all_gather(vote.cast(values, "one_bit", AXIS, state.count, None), AXIS)
-    decided = vote.decide(_bits.count(everybody), "one_bit", len(everybody), jnp.int32(1), state.count)
-    return wires.unpack(decided, values), vote.MajorityVoteState(state.count + 1)
+    context = border.context_of(AXIS, state.count)
+    everybody = lax.all_gather(vote.cast(values, "one_bit", context), AXIS)
+    decided = vote.decision(_bits.count(everybody), "one_bit", len(everybody), jnp.int32(1), state.count)
+    return _flat.unpack(decided, values), border.BorderState(state.count + 1)
 
 
 # From this worker's values and the state of a vote to what all workers agree on, and the next state.
@@ -61,15 +63,17 @@ BORDERS: dict[str, Callable[..., tuple[Any, Any]]] = {
     "bfloat16 mean": _mean(jnp.bfloat16),
     "int8 sum of signs": _int8_signs,
     "bits gathered by all": _gathered_signs,
-} | {wire: signopt.majority_vote(AXIS, wire=cast(wires.Wire, wire)).update for wire in ("psum", "two_bit", "one_bit")}
+} | {wire: signopt.majority_vote(AXIS, wire=cast(vote.Wire, wire)).update for wire in ("psum", "two_bit", "one_bit")}
+# The packed votes once more, with what two or four hosts have for their two collectives.
+BORDERS |= {f"{wire}, swapped": swaps.instead(BORDERS[wire]) for wire in ("two_bit", "one_bit")}
 
 
 # What a one-bit vote of few hosts is made of, from a row for each host, and what JAX has for the same.
 COLLECTIVES: dict[str, Callable[[jax.Array], jax.Array]] = {
     "all_to_all": lambda rows: lax.all_to_all(rows, AXIS, split_axis=0, concat_axis=0, tiled=True),
-    "all_to_all, swapped": lambda rows: _swaps.all_to_all(rows, (AXIS,)),
+    "all_to_all, swapped": lambda rows: swaps.all_to_all(rows, (AXIS,)),
     "all_gather": lambda rows: lax.all_gather(rows[0], AXIS),
-    "all_gather, swapped": lambda rows: _swaps.all_gather(rows[0], (AXIS,)),
+    "all_gather, swapped": lambda rows: swaps.all_gather(rows[0], (AXIS,)),
 }
 
 

@@ -7,8 +7,8 @@ and with the curvature, and much where a few coordinates carry the gradient. The
   \phi(v) = \frac{\|v\|_1^2}{d \, \|v\|_2^2} \in \Big[\frac1d, 1\Big],
 
 of the gradient g, of its standard deviation :math:`\sigma` and of the curvature L says which is the case: see `geometry`
-and `regime`. Everything here is a pure function of trees. `optax.snapshot("density", density)` and `monitor_votes` record
-inside a chain.
+and `regime`. Everything here is a pure function of trees. `optax.snapshot("density", density)` records inside a chain, and
+`majority_vote(..., report=True)` keeps what servers see of a vote.
 """
 
 from signopt.diagnostics.curvature import hessian_diagonal as hessian_diagonal

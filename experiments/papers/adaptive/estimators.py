@@ -48,8 +48,9 @@ class Config:
 def methods(config: Config) -> dict[str, tuple]:
     """What to compare: from a setting to an optimizer, what the setting is, and its values."""
     found: dict[str, tuple] = {}
+    measured = signopt.measured_smoothness(jax.random.key(0), refresh_every=config.refresh_every)
     for estimator in ("margin", "exact", "leave_one_out"):
-        for smoothness in ("dimension", "curvature"):
+        for name, smoothness in (("dimension", None), ("curvature", measured)):
             make = functools.partial(
                 signopt.mh_signsgd,
                 axis_name=AXIS,
@@ -57,11 +58,9 @@ def methods(config: Config) -> dict[str, tuple]:
                 estimator=estimator,
                 smoothness=smoothness,
                 wire="one_bit" if estimator == "margin" else "psum",
-                refresh_every=config.refresh_every,
-                key=jax.random.key(0),
             )
-            betas = config.betas if smoothness == "dimension" else (0.95,)
-            found[f"{estimator}, {smoothness}"] = (lambda b, make=make: make(beta=b), "beta", betas)
+            betas = config.betas if smoothness is None else (0.95,)
+            found[f"{estimator}, {name}"] = (lambda b, make=make: make(beta=b), "beta", betas)
     shared = {"axis_name": AXIS, "num_workers": config.workers, "wire": "one_bit"}
     for name, alias in (("signSGD", signopt.signsgd), ("Signum", signopt.signum)):
         make = functools.partial(alias, **shared)

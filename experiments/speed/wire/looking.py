@@ -30,7 +30,7 @@ from experiments.common.records import Record
 import signopt
 from signopt import diagnostics
 from signopt import step_size
-from signopt import wire as wires
+from signopt import vote
 from signopt._tools import timing
 
 AXIS = runners.AXIS
@@ -69,7 +69,7 @@ def run(config: Config) -> Iterator[Record]:
 def votes(config: Config) -> tuple[int, Callable[[], Any], Callable[[], Any]]:
     """The number of parameters, a plain vote on as many devices as workers, and one that finds its learning rate."""
     mesh, size, values = _on_devices(config)
-    wire, shared = cast(wires.Wire, config.wire), jax.sharding.NamedSharding(mesh, jax.P())
+    wire, shared = cast(vote.Wire, config.wire), jax.sharding.NamedSharding(mesh, jax.P())
 
     def program(tx):
         state = jax.device_put(tx.init([jnp.zeros(size)] * LEAVES), shared)
@@ -116,7 +116,7 @@ def passes(config: Config) -> tuple[int, Callable[[], Any], Callable[[], Any]]:
 def checks(config: Config) -> tuple[int, Callable[[], Any], Callable[[], Any]]:
     """The number of parameters, a voted step on as many devices as workers, and one whose replicas are compared."""
     mesh, size, values = _on_devices(config)
-    tx = signopt.signsgd(1e-3, axis_name=AXIS, wire=cast(wires.Wire, config.wire))
+    tx = signopt.signsgd(1e-3, axis_name=AXIS, wire=cast(vote.Wire, config.wire))
 
     def step(state, batch):
         params, opt_state = state

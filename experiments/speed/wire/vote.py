@@ -28,9 +28,10 @@ from experiments.common.flags import flag
 from experiments.common.records import Record
 import signopt
 from signopt import _bits
+from signopt import _flat
+from signopt import border as borders
 from signopt import sign
 from signopt import vote
-from signopt import wire as wires
 from signopt._tools import timing
 
 AXIS = runners.AXIS
@@ -90,8 +91,17 @@ def decisions(config: Config, leaves: int) -> dict[str, Callable[[], Any]]:
         mapped = jax.shard_map(one_worker, mesh=mesh, in_specs=jax.P(AXIS), out_specs=out_specs)
         return functools.partial(jax.jit(mapped), gradients)
 
+    step = jnp.int32(0)
+
     def packed(wire):
-        return lambda gradients: vote.packed_vote(gradients, AXIS, wire, jnp.int32(1), jnp.int32(0))
+        # Decisions as they travel: the border of the vote, but for taking them apart.
+        of_vote = vote.by_bits(wire, 0.0, None, report=False)
+        border = of_vote._replace(decode=lambda decisions, like, context: decisions[0])
+
+        def decide(gradients):
+            return borders.run(border, gradients, borders.Memory(), borders.context_of(AXIS, step))[0]
+
+        return decide
 
     return {
         "mean": compiled(lambda gradients: lax.pmean(gradients, AXIS), jax.P()),
@@ -162,7 +172,7 @@ def stages(config: Config) -> dict[tuple[str, int, int], Stage]:
     size = config.parameters
     words = -(-size // 8)
     values = jax.random.normal(jax.random.key(0), (size,))
-    step, margin = jnp.int32(0), jnp.int32(1)
+    step, lead = jnp.int32(0), jnp.int32(1)
 
     def in_place(function, *args):
         compiled, held = jax.jit(function, donate_argnums=0), [jnp.copy(values)]
@@ -174,21 +184,22 @@ def stages(config: Config) -> dict[tuple[str, int, int], Stage]:
         return program
 
     found = {("copy", 0, 1): Stage(in_place(jnp.negative), 8 * size)}
-    for wire, planes in wires.PLANES.items():
-        cast = jax.jit(lambda values, wire=wire: vote.cast([values], wire, None, step, None))
+    alone = borders.context_of(None, step)
+    for wire, planes in (("one_bit", 1), ("two_bit", 2)):
+        cast = jax.jit(lambda values, wire=wire: vote.cast([values], wire, alone))
         found["pack", planes, 1] = Stage(functools.partial(cast, values), 4 * size + planes * words)
         packed = cast(values)
         for voters in config.voters:
 
             def decide(ballots, wire=wire, voters=voters):
-                return vote.decide(_bits.count(ballots), wire, voters, margin, step)
+                return vote.decision(_bits.count(ballots), wire, voters, lead, step)
 
             share = -(-words // voters)  # of the parameters, which a worker counts for everybody
             ballots = jnp.resize(packed, (voters, share))
             found["count", planes, voters] = Stage(
                 functools.partial(jax.jit(decide), ballots), planes * (voters + 1) * share
             )
-        apply = in_place(lambda params, packed: params - RATE * wires.unpack(packed, [params])[0], packed)
+        apply = in_place(lambda params, packed: params - RATE * _flat.unpack(packed, [params])[0], packed)
         found["unpack", planes, 1] = Stage(apply, 8 * size + planes * words)
     return found
 

@@ -7,37 +7,48 @@ cuts a message into pieces, which travel both ways at once. So two workers *swap
   theirs = (mine + theirs) - mine
 
 which is exact, since words are unsigned and wrap around, and sends the same bytes. Four workers deal in three swaps, each with
-one of the others; more would lose more to waiting than they gain. What it gains: `slow_network` in experiments/README.md.
+one of the others; more would lose more to waiting than they gain. What it gains, `slow_network` measures. The order of workers is lost, which a vote does not mind and a sum of floats does, so
+it is no part of the library.
 """
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+import functools
+from unittest import mock
 
 import jax
 from jax import lax
 import jax.numpy as jnp
 
+from signopt import _axis
+
 # A swap waits longer than JAX's own exchange, by milliseconds where processes share cores; smaller messages gain less.
-_LARGE = 2**16  # bytes
+LARGE = 2**16  # bytes
 
 
-def should_deal(rows: jax.Array) -> bool:
-    """Whether rows like these, one for each worker, are dealt by `all_to_all` below."""
-    return len(rows) in (2, 4) and _pays(rows.size // len(rows), rows.dtype)
+def instead(update: Callable) -> Callable:
+    """The update of a vote with swaps for its collectives, where there are few enough workers and a large message."""
+    deal, gather = _axis.all_to_all, _axis.all_gather
+
+    def dealt(rows, devices):
+        if len(rows) not in (2, 4) or not _is_large(rows[0]):
+            return deal(rows, devices)
+        return all_to_all(rows.reshape(len(rows), -1), devices).reshape(rows.shape)
+
+    def gathered(rows, devices):
+        if lax.axis_size(devices) != 2 or not _is_large(rows):
+            return gather(rows, devices)
+        return all_gather(rows.reshape(-1), devices).reshape(-1, *rows.shape[1:])
+
+    @functools.wraps(update)
+    def swapped(*args, **kwargs):
+        with mock.patch.object(_axis, "all_to_all", dealt), mock.patch.object(_axis, "all_gather", gathered):
+            return update(*args, **kwargs)
+
+    return swapped
 
 
-def should_gather(x: jax.Array, num_workers: int) -> bool:
-    """Whether something like this from each worker is gathered by `all_gather` below."""
-    return num_workers == 2 and _pays(x.size, x.dtype)
-
-
-def _pays(size: int, dtype: jnp.dtype) -> bool:
-    """Whether a message is better swapped: large, of words, in a run of several processes on CPUs.
-
-    Nothing tells here whether the workers of an axis are in different processes. Where they are not, swaps only cost time.
-    """
-    between_processes_on_cpus = jax.process_count() > 1 and jax.default_backend() == "cpu"
-    is_large = size * dtype.itemsize >= _LARGE
-    return between_processes_on_cpus and is_large and jnp.issubdtype(dtype, jnp.unsignedinteger)
+def _is_large(message):
+    return message.size * message.dtype.itemsize >= LARGE and jnp.issubdtype(message.dtype, jnp.unsignedinteger)
 
 
 def all_to_all(rows: jax.Array, devices: tuple[Hashable, ...]) -> jax.Array:
