@@ -288,6 +288,7 @@ def mh_signsgd(
     weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Any = None,
     accumulator_dtype: Any = None,
+    report: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adaptive MH-signSGD: a vote over momenta that finds its own learning rate. There is none to tune.
 
@@ -311,6 +312,7 @@ def mh_signsgd(
       weight_decay: :math:`\lambda`, decoupled: it acts after the vote, and shrinks with the learning rate.
       mask: Which leaves decay, as in `optax.add_decayed_weights`.
       accumulator_dtype: Dtype of the momentum; that of the parameters if None.
+      report: Whether the state keeps `VoteStatistics` of the last vote, as in `majority_vote`.
 
     Returns:
       An optimizer. `update` takes `present=`, and with `smoothness=signopt.measured_smoothness(key)` needs `value_fn=`. The learning rate of the
@@ -339,7 +341,7 @@ def mh_signsgd(
     check_beta(beta, "mh_signsgd")
     momentum = finite_only(optax.ema(beta, accumulator_dtype=accumulator_dtype), caller="mh_signsgd")
     decay = None if _is_zero(weight_decay) else optax.add_decayed_weights(weight_decay, mask)
-    vote_at_a_rate = at_found_rate("mh_signsgd", axis_name, smoothness, estimator, wire, decay)
+    vote_at_a_rate = at_found_rate("mh_signsgd", axis_name, smoothness, estimator, wire, decay, report)
     return optax.chain(
         _on_each_worker(momentum, axis_name, num_workers),
         vote_at_a_rate,

@@ -243,11 +243,6 @@ def test_a_gradient_that_was_reduced_before_is_refused(devices):
         workers.on_mesh(step, mesh, axis_name="replica")((zeros(), tx.init(zeros())), gradients())
 
 
-def test_more_than_a_border_is_refused():
-    with pytest.raises(TypeError, match=r"`on_shards\(tx=...\)` has to be `majority_vote` or `mean`, got .* of tuple"):
-        workers.on_shards(signopt.signsgd(0.1, axis_name="replica"), SPECS)
-
-
 def test_specs_have_to_be_specs():
     with pytest.raises(TypeError, match=r"`on_shards\(specs=...\)` has to be .*PartitionSpec.*, got None"):
         workers.on_shards(signopt.majority_vote("replica"), {"w": None})
