@@ -309,7 +309,22 @@ def _serve(decide, message, memory, kept, context):
     decision, memory, report = found
     words, split = _words((decision, report), 1)
     decisions, reports = split(_axis.collect(words, axis_name))
+    if jax.tree.leaves(report):
+        decisions = jax.tree.map(_side_by_side, decisions)
     return decisions, jax.tree.map(lambda x: _axis.own_row(x, axis_name), memory), reports
+
+
+def _side_by_side(rows):
+    """Rows that were cut from longer ones, next to each other in memory.
+
+    Else whoever reads them on a CPU computes for each number where it lies: 1.3 times a vote without a report.
+    """
+    if len(rows) > _float.UNROLLED:
+        return rows
+    found = jnp.zeros_like(rows)
+    for i in range(len(rows)):
+        found = lax.dynamic_update_slice_in_dim(found, lax.slice_in_dim(rows, i, i + 1), i, 0)
+    return found
 
 
 def _words(tree, batch_axes):

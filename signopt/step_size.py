@@ -324,7 +324,7 @@ def _by_count(wire: str, report: bool) -> borders.Border:
         return _flat.joined(updates), _axis.to_varying(present, context.axis_name)
 
     def decide(ballots, memory, context):
-        counts = _bits.count(ballots.signs)
+        counts = lax.optimization_barrier(_bits.count(ballots.signs))  # which is read twice, written down once
         words = vote.decision(counts, wire, context.num_workers, jnp.int32(1), context.step)
         pieces, present = context.extra["kept"]
         share = _progress_where_served(pieces, counts, wire, context.num_workers, context.worker)

@@ -307,16 +307,19 @@ def count(ballots: UInt[Array, "workers row"], counts: list[UInt8[Array, " row"]
     else:
         plus, minus = ballots, ~ballots
         won, lost = _bits.at_least(counts, workers // 2 + 1), ~_bits.at_least(counts, (workers + 1) // 2)
+    # Written down once; otherwise XLA counts anew for each worker.
+    won, lost = lax.optimization_barrier((won, lost))
+    entries = jnp.float32(8 * counts[0].size)
+    with_majority = _ones((plus & won) | (minus & lost))
+    if wire == "one_bit":  # nobody abstains
+        return Counted(with_majority, jnp.broadcast_to(_ones(won | lost), (workers,)), workers * entries, entries)
+    on_decided, votes = _ones((plus | minus) & (won | lost)), _float.sum_in_order(_ones(plus | minus))
+    return Counted(with_majority, on_decided, votes, entries)
 
-    def ones(words):
-        return jnp.sum(lax.population_count(words).astype(jnp.uint32), axis=-1, dtype=jnp.uint32).astype(jnp.float32)
 
-    return Counted(
-        with_majority=ones((plus & won) | (minus & lost)),
-        on_decided=ones((plus | minus) & (won | lost)),
-        votes=_float.sum_in_order(ones(plus | minus)),
-        entries=jnp.float32(8 * counts[0].size),
-    )
+def _ones(words: UInt8[Array, "... n"]) -> Float[Array, "..."]:
+    """The number of ones along the last axis."""
+    return jnp.sum(lax.population_count(words).astype(jnp.uint32), axis=-1, dtype=jnp.uint32).astype(jnp.float32)
 
 
 def _without_filling(counted, updates, wire, num_workers) -> Counted:
