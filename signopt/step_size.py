@@ -348,6 +348,7 @@ def _progress_where_served(
     """
     chunk, start = counts[0].size, 0
     total = _axis.to_varying(jnp.float32(0), tuple(_axis.varying(counts[0])))
+    balance = num_workers if wire == "two_bit" else num_workers // 2  # the count of a vote whose margin promises nothing
     for piece in pieces:
         words = -(-piece.size // 8)
         length = min(words, chunk)
@@ -356,19 +357,21 @@ def _progress_where_served(
 
         def share(piece=piece, words=words, length=length, begin=begin, first=first):
             padded = piece if piece.size == 8 * words else jnp.pad(piece, (0, 8 * words - piece.size))
-            size = _magnitude(lax.dynamic_slice(padded.reshape(words, 8), (first, jnp.zeros_like(first)), (length, 8)))
-            place = first - begin  # of what is read, in the row
+            if padded.size <= np.iinfo(np.int32).max:
+                values = lax.dynamic_slice(padded, (8 * first,), (8 * length,))
+            else:
+                values = lax.dynamic_slice_in_dim(padded.reshape(words, 8), first, length).reshape(-1)
+            place = first - begin  # of what is read, in the row; what it has not is filled up with balanced votes
+            fills = [np.uint8(0xFF * (balance >> i & 1)) for i in range(len(counts))]
             planes = [
-                lax.dynamic_slice(jnp.pad(plane, (length, length)), (place + length,), (length,)) for plane in counts
+                lax.dynamic_slice(jnp.pad(plane, (length, length), constant_values=fill), (place + length,), (length,))
+                for plane, fill in zip(counts, fills, strict=True)
             ]
             bits = (_bits.unpack(plane).astype(jnp.int32) << i for i, plane in enumerate(planes))
-            count = functools.reduce(operator.add, bits).reshape(length, 8)
+            count = functools.reduce(operator.add, bits)
             sums = (count if wire == "two_bit" else 2 * count) - num_workers
             # In integers until it is cut off, which a CPU does four times faster: floats have to look out for NaN.
-            surplus = jnp.maximum(sums * sums - num_workers, 0).astype(jnp.float32)
-            words_here = place + lax.iota(jnp.int32, length)
-            inside = ((words_here >= 0) & (words_here < chunk)).astype(jnp.float32)
-            return jnp.sum(size * surplus * inside[:, None])
+            return jnp.sum(_magnitude(values) * jnp.maximum(sums * sums - num_workers, 0).astype(jnp.float32))
 
         reaches = (begin < words) & (begin + chunk > 0)
         zero = _axis.to_varying(jnp.float32(0), tuple(_axis.varying(counts[0]) | _axis.varying(piece)))
