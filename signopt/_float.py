@@ -24,8 +24,12 @@ def widen(x: Any) -> jax.Array:
 
 
 def unit_of(largest: jax.Array) -> jax.Array:
-    """What to divide by before squaring: the largest magnitude, or 1 if that is zero."""
-    return jnp.where(largest > 0, largest, jnp.ones_like(largest))
+    """What to divide by before squaring: the largest magnitude, or 1 if that is zero or NaN.
+
+    It stays an eighth below the largest float. XLA divides by multiplying with the inverse, which would be flushed to zero.
+    """
+    most = jnp.finfo(largest.dtype).max / 8
+    return jnp.where(largest > 0, jnp.minimum(largest, most.astype(largest.dtype)), jnp.ones_like(largest))
 
 
 def rms(tree: Any) -> jax.Array:

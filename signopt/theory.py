@@ -40,7 +40,6 @@ import math
 from typing import Any
 
 import jax
-from jax.core import Tracer
 import jax.numpy as jnp
 import jax.scipy.special
 from jaxtyping import ArrayLike
@@ -228,7 +227,7 @@ def mixed_norm(gradient: ArrayLike, deviation: ArrayLike) -> jax.Array:
     References:
       Theorem 1 of the follow-up on `fault tolerance`_.
     """
-    dtype = _float.wide_dtype(gradient, deviation)
+    dtype = _dtype(gradient, deviation)
     size, sigma = _broadcast(jnp.abs(jnp.asarray(gradient, dtype)), jnp.asarray(deviation, dtype))
     above = size > CRITICAL_SIGNAL_TO_NOISE * sigma
     below = size * (size / jnp.where(above | (sigma == 0), 1, sigma))
@@ -331,9 +330,12 @@ def vote_advantage(num_workers: int, *, deviation: float, largest_gradient: floa
         raise ValueError(f"`{caller}(num_workers=...)` has to be odd, got {num_workers}.")
     _check.positive(deviation, caller, "deviation")
     _check.at_least(0, largest_gradient, caller, "largest_gradient")
+    is_number = isinstance(largest_gradient, int | float) and isinstance(deviation, int | float)
+    if not is_number:
+        dtype = _dtype(largest_gradient, deviation)
+        largest_gradient, deviation = jnp.asarray(largest_gradient, dtype), jnp.asarray(deviation, dtype)
     found = _advantage(_float.widen(largest_gradient / deviation), (num_workers - 1) // 2)
-    is_number = not isinstance(largest_gradient, jax.Array) and not isinstance(deviation, jax.Array)
-    return (float(found) if is_number and not isinstance(found, Tracer) else found) / deviation
+    return (float(found) if is_number else found) / deviation
 
 
 def mh_signsgd_rate(steps: int, *, gap: float, smoothness: float, advantage: float) -> float:
@@ -374,7 +376,7 @@ def greedy_learning_rate(gradient: ArrayLike, sign_error: ArrayLike, *, smoothne
     References:
       Proposition 3 and equation (1) of Yang et al., Adaptive Multi-Hierarchical signSGD, 2020.
     """
-    dtype = _float.wide_dtype(gradient, sign_error, smoothness)
+    dtype = _dtype(gradient, sign_error, smoothness)
     size, wrong = _broadcast(jnp.abs(jnp.asarray(gradient, dtype)), jnp.asarray(sign_error, dtype))
     return jnp.sum(size * (1 - 2 * wrong), axis=-1) / jnp.asarray(smoothness, dtype)
 
@@ -454,6 +456,11 @@ def _central(n):
 def _root(x: Any) -> Any:
     """The square root of a number as a number, of an array as an array."""
     return math.sqrt(x) if isinstance(x, int | float) else jnp.sqrt(_float.widen(x))
+
+
+def _dtype(*xs):
+    """The widest dtype of the arrays among `xs`, or float32; numbers take part in arithmetic of any width."""
+    return _float.wide_dtype(*(x for x in xs if not isinstance(x, int | float)))
 
 
 def _broadcast(*arrays):

@@ -4,6 +4,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from signopt import _check
+from signopt import _float
 from signopt.prox import chains
 from signopt.prox import singular_values
 from signopt.prox.penalty import Prox
@@ -189,6 +190,6 @@ def _shrink_norms(strength, grouped):
 def _norms(x, axes):
     """The l2 norm over `axes`, which stay; no overflow, no underflow, and the gradient of a zero group is zero."""
     largest = lax.stop_gradient(jnp.max(jnp.abs(x), axes, keepdims=True, initial=0))
-    unit = jnp.where((largest > 0) & (largest < jnp.inf), largest, 1)
+    unit = _float.unit_of(largest)
     squares = jnp.sum((x / unit) ** 2, axes, keepdims=True)
     return jnp.where(largest == 0, 0, unit * jnp.sqrt(jnp.where(largest == 0, 1, squares)))
