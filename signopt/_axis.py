@@ -48,6 +48,15 @@ def devices_and_vmapped(axis_name: AxisName) -> tuple[tuple[Hashable, ...], tupl
     return devices, tuple(name for name in names(axis_name) if name not in manual)
 
 
+def may_be_sharded() -> bool:
+    """Whether the compiler may have laid out what is traced here over several devices.
+
+    Inside a `shard_map` over all axes of a mesh it has not. Without a mesh nobody knows: arguments of `jit` bring theirs.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or any(size > 1 for name, size in mesh.shape.items() if name not in mesh.manual_axes)
+
+
 def total(tree: Any, axis_name: AxisName) -> Any:
     """The sum of every leaf over all workers, the same on each, in the leaf's dtype."""
     devices, vmapped = devices_and_vmapped(axis_name)
