@@ -245,6 +245,7 @@ def signprox(
       Xu and Kamilov, *SignProx: One-bit proximal algorithm for nonconvex stochastic optimization*, ICASSP 2019. The
       vote, the momentum and `step_size=None` are ours.
     """
+    _check.learning_rate(learning_rate, "signprox")
     prox = as_prox(prox, "signprox")
     free = step_size is None and not prox.separable
     mapping = scale_by_prox_gradient(

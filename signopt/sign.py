@@ -79,7 +79,7 @@ def require_floating(tree: Any, caller: str, *, complex_too: bool = False) -> No
       TypeError: If a leaf is complex, an integer or a boolean, or narrower than 16 bits.
     """
     for path, leaf in jax.tree.leaves_with_path(tree):
-        dtype = jnp.result_type(leaf)
+        dtype, rule = jnp.result_type(leaf), ""
         if jnp.issubdtype(dtype, jnp.complexfloating):
             if complex_too:
                 continue
@@ -87,11 +87,12 @@ def require_floating(tree: Any, caller: str, *, complex_too: bool = False) -> No
         elif not jnp.issubdtype(dtype, jnp.floating):
             cure = "Leave it out with `optax.masked` or `optax.partition`"
         elif jnp.finfo(dtype).bits < 16:
+            rule = " of at least 16 bits"
             cure = "Keep parameters and gradients in bfloat16 or wider, and round a copy to compute with"
         else:
             continue
         raise TypeError(
-            f"`{caller}` has to be given floating-point leaves of at least 16 bits, got {dtype} at "
+            f"`{caller}` has to be given floating-point leaves{rule}, got {dtype} at "
             f"`updates{jax.tree_util.keystr(path)}`. {cure}."
         )
 
