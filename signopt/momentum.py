@@ -13,7 +13,6 @@ from signopt import _check
 from signopt import _flat
 from signopt import _float
 from signopt import sign
-from signopt.workers.state import require_own
 
 
 def scale_by_sign(*, threshold: float | jax.Array = 0.0) -> optax.GradientTransformation:
@@ -191,7 +190,7 @@ def count_notfinite(inner: optax.GradientTransformation, caller: str) -> optax.G
         total = jnp.where(_all_finite(updates), state.total_notfinite, optax.safe_increment(state.total_notfinite))
         updates, new_inner = inner.update(updates, state.inner_state, params, **extra_args)
         new_state = FiniteOnlyState(new_inner, total)
-        require_own(state, new_state, caller)
+        _axis.require_own(state, new_state, caller)
         return updates, new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -209,10 +208,10 @@ def keep_finite(
 
     def update_fn(updates, state, params=None, **extra_args):
         sign.require_floating(updates, caller, complex_too=complex_too)
-        updates = jax.tree.map(jnp.asarray, updates)
+        updates = _as_arrays(updates)
         updates = jax.tree.map(lambda x: _if_finite(x, lax.full_like(x, 0)), updates)
         updates, new_state = inner.update(updates, state, params, **extra_args)
-        require_own(state, new_state, caller)
+        _axis.require_own(state, new_state, caller)
         return updates, jax.tree.map(_if_finite, new_state, state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -225,11 +224,16 @@ def _all_finite(tree: Any) -> jax.Array:
     reduction of its own takes longer to compile than the rest of a leaf's update. Of 8-bit integers: XLA on CPUs reduces
     booleans in a tree of kernels, which takes several times as long.
     """
-    tree = jax.tree.map(jnp.asarray, tree)
+    tree = _as_arrays(tree)
     leaves = jax.tree.leaves(tree) if _axis.may_be_sharded() else _flat.joined(tree)
     one = jnp.ones([], jnp.int8)
     smallest = [lax.reduce(lax.is_finite(x).astype(jnp.int8), one, lax.min, range(x.ndim)) for x in leaves]
     return functools.reduce(lax.min, smallest, one) == 1
+
+
+def _as_arrays(tree: Any) -> Any:
+    """Python's and NumPy's numbers as arrays."""
+    return jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jnp.asarray(x), tree)
 
 
 def _if_finite(x: jax.Array, otherwise: jax.Array) -> jax.Array:

@@ -95,35 +95,12 @@ def per_worker(
         own = jax.tree.map(lambda x: x[0], state.per_worker) if in_front else state.per_worker
         own = _boxes.remove_axis(own, axis_name, "per_worker")
         updates, new_state = tx.update(updates, own, params, **extra_args)
-        require_own(own, new_state, "per_worker")
+        _axis.require_own(own, new_state, "per_worker")
         if in_front:
             new_state = jax.tree.map(lambda x: x[None], new_state)
         return updates, PerWorkerState(_boxes.add_axis(new_state, axis_name), state.worker)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def require_own(state: Any, new_state: Any, caller: str) -> None:
-    """Refuse shared state that this step makes one worker's own, where types show it.
-
-    JAX would ask for `check_vma=False`. Then every worker goes on with momentum of its own behind one array, and a
-    checkpoint keeps that of the first.
-
-    Raises:
-      ValueError: If a leaf differs between workers, and did not before.
-    """
-    for (path, new), old in zip(jax.tree.leaves_with_path(new_state), jax.tree.leaves(state), strict=True):
-        more = _axis.varying(new) - _axis.varying(old)
-        if more:
-            name = min(more, key=str)
-            raise ValueError(
-                f"`{caller}(...).update(state=...)` has to be given state of each worker's own, got state that is the same "
-                f"on every worker of axis {name!r} at `state{jax.tree_util.keystr(path)}`, for updates that differ along it. "
-                "Make the optimizer with `num_workers=...` (in a chain of your own: `signopt.workers.per_worker`) and pass "
-                "its state by `signopt.workers.partition_specs`. Without checks of JAX, `check_vma=False`, a checkpoint "
-                f"would keep one worker's. State that is made and used up in one `jax.shard_map`: `jax.lax.pcast(state, "
-                f"{name!r}, to='varying')`."
-            )
 
 
 def require_size(num_workers: int, axis_name: _axis.AxisName, caller: str) -> None:
