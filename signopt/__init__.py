@@ -30,6 +30,7 @@ from signopt.low_rank import low_rank_mean as low_rank_mean
 from signopt.matrices import sign_muon as sign_muon
 from signopt.means import mean as mean
 from signopt.means import robust_mean as robust_mean
+from signopt.momentum import finite_only as finite_only
 from signopt.momentum import scale_by_sign as scale_by_sign
 from signopt.momentum import scale_by_signum as scale_by_signum
 from signopt.prox.step import prox_step as prox_step

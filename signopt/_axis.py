@@ -48,6 +48,15 @@ def devices_and_vmapped(axis_name: AxisName) -> tuple[tuple[Hashable, ...], tupl
     return devices, tuple(name for name in names(axis_name) if name not in manual)
 
 
+def may_be_sharded() -> bool:
+    """Whether the compiler may have laid out what is traced here over several devices.
+
+    Inside a `shard_map` over all axes of a mesh it has not. Without a mesh nobody knows: arguments of `jit` bring theirs.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or any(size > 1 for name, size in mesh.shape.items() if name not in mesh.manual_axes)
+
+
 def total(tree: Any, axis_name: AxisName) -> Any:
     """The sum of every leaf over all workers, the same on each, in the leaf's dtype."""
     devices, vmapped = devices_and_vmapped(axis_name)
@@ -168,6 +177,29 @@ def require_varying(tree: Any, axis_name: AxisName, caller: str) -> None:
                     f"`signopt.workers.value_and_grad(loss, axis_name={axis_name!r})`, and leave out any "
                     "`lax.pmean` or `lax.psum` of the gradients."
                 )
+
+
+def require_own(state: Any, new_state: Any, caller: str) -> None:
+    """Refuse shared state that this step makes one worker's own, where types show it.
+
+    JAX would ask for `check_vma=False`. Then every worker goes on with momentum of its own behind one array, and a
+    checkpoint keeps that of the first.
+
+    Raises:
+      ValueError: If a leaf differs between workers, and did not before.
+    """
+    for (path, new), old in zip(jax.tree.leaves_with_path(new_state), jax.tree.leaves(state), strict=True):
+        more = varying(new) - varying(old)
+        if more:
+            name = min(more, key=str)
+            raise ValueError(
+                f"`{caller}(...).update(state=...)` has to be given state of each worker's own, got state that is the same "
+                f"on every worker of axis {name!r} at `state{jax.tree_util.keystr(path)}`, for updates that differ along it. "
+                "Make the optimizer with `num_workers=...` (in a chain of your own: `signopt.workers.per_worker`) and pass "
+                "its state by `signopt.workers.partition_specs`. Without checks of JAX, `check_vma=False`, a checkpoint "
+                f"would keep one worker's. State that is made and used up in one `jax.shard_map`: `jax.lax.pcast(state, "
+                f"{name!r}, to='varying')`."
+            )
 
 
 def _is_tracked(name: Hashable) -> bool:

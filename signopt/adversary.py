@@ -12,11 +12,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+from jax.core import Tracer
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 import optax
 
 from signopt import _axis
+from signopt import _check
 from signopt import sign
 from signopt import vote
 
@@ -75,9 +77,7 @@ def corrupt(
       [[-0.5, 2.0], [0.5, -2.0]]
     """
     caller = "corrupt"
-    known = not isinstance(num_adversaries, jax.Array)
-    if known and num_adversaries < 0:
-        raise ValueError(f"`{caller}(num_adversaries=...)` has to be at least 0, got {num_adversaries}.")
+    _check.at_least(0, num_adversaries, caller, "num_adversaries")
 
     def init_fn(params):
         del params
@@ -86,7 +86,7 @@ def corrupt(
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         num_workers = _axis.size(axis_name, caller)
-        if known and num_adversaries > num_workers:
+        if not isinstance(num_adversaries, Tracer) and num_adversaries > num_workers:
             raise ValueError(
                 f"`{caller}(num_adversaries=...)` has to be at most the size of axis {axis_name!r}, which is "
                 f"{num_workers}, got {num_adversaries}."
@@ -94,7 +94,7 @@ def corrupt(
         sign.require_floating(updates, caller)
         is_bad = _axis.index(axis_name) < num_adversaries
         sent = adversary(updates, Situation(axis_name, state.count))
-        updates = jax.tree.map(lambda bad, own: jnp.where(is_bad, bad.astype(own.dtype), own), sent, updates)
+        updates = jax.tree.map(lambda bad, own: jnp.where(is_bad, bad.astype(jnp.result_type(own)), own), sent, updates)
         return updates, CorruptState(state.count + 1)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -114,7 +114,7 @@ def scaled(factor: float | jax.Array = -1000.0) -> Adversary:
 
     A vote reads its sign alone. One such worker ruins a mean: for M workers it counts `factor / M` times.
     """
-    return lambda updates, situation: jax.tree.map(lambda x: x * jnp.asarray(factor, x.dtype), updates)
+    return lambda updates, situation: jax.tree.map(lambda x: x * jnp.asarray(factor, jnp.result_type(x)), updates)
 
 
 def silent() -> Adversary:
@@ -132,7 +132,7 @@ def random(key: jax.Array) -> Adversary:
     def send(updates, situation):
         own = jax.random.fold_in(jax.random.fold_in(key, situation.count), _axis.index(situation.axis_name))
         keys = optax.tree.split_key_like(own, updates)
-        return jax.tree.map(lambda k, x: x * jax.random.rademacher(k, x.shape, x.dtype), keys, updates)
+        return jax.tree.map(lambda k, x: x * jax.random.rademacher(k, jnp.shape(x), jnp.result_type(x)), keys, updates)
 
     return send
 
@@ -152,6 +152,6 @@ def colluding() -> Adversary:
         num_workers = _axis.size(situation.axis_name, "colluding")
         votes = jax.tree.map(lambda x: sign.vote(x).astype(vote.ballot_dtype(num_workers)), updates)
         sums = _axis.total(votes, situation.axis_name)
-        return jax.tree.map(lambda s, x: -jnp.sign(s).astype(x.dtype), sums, updates)
+        return jax.tree.map(lambda s, x: -jnp.sign(s).astype(jnp.result_type(x)), sums, updates)
 
     return send

@@ -1,15 +1,18 @@
 """Ready optimizers: each body is one `optax.chain`, with a border in it where there are several workers."""
 
-from typing import Any
+from typing import Any, get_args
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from signopt import _axis
-from signopt.momentum import average_to_vote
-from signopt.momentum import check_beta
-from signopt.momentum import finite_only
-from signopt.momentum import scale_by_sign
+from signopt import _check
+from signopt import sign
+from signopt.momentum import average_of
+from signopt.momentum import count_notfinite
+from signopt.momentum import keep_finite
+from signopt.momentum import signs_of
 from signopt.precision import warn_if_narrow
 from signopt.prox.penalty import Operator
 from signopt.prox.penalty import Prox
@@ -40,7 +43,7 @@ def signsgd(
     Args:
       learning_rate: :math:`\alpha`, a number or a schedule: how far each parameter moves in a step.
       axis_name: The workers, as in `majority_vote`. None is one worker, and then this is `optax.sign_sgd` with weight
-        decay.
+        decay, where NaN and inf do not move a parameter.
       num_workers: Size of the axis. If given, each worker counts the steps in which its gradient was not finite.
       wire: What travels, as in `majority_vote`.
       weight_decay: :math:`\lambda`, decoupled: it acts after the vote.
@@ -61,18 +64,11 @@ def signsgd(
     References:
       Algorithms 1 and 3 of Bernstein et al., `signSGD <https://arxiv.org/abs/1802.04434>`_, 2018.
     """
-    if axis_name is None:
-        _require_axis(num_workers, "signsgd")
-        return optax.chain(
-            _decayed(optax.scale_by_sign(), weight_decay, mask),
-            _step(learning_rate, "signsgd"),
-        )
-    counter = finite_only(optax.identity(), caller="signsgd")
+    nothing = optax.identity()
+    counted = nothing if num_workers is None else _left("signsgd", nothing, axis_name, num_workers)
     return optax.chain(
-        optax.identity() if num_workers is None else _on_each_worker(counter, axis_name, num_workers),
-        majority_vote(axis_name, wire=wire),
-        _decayed(optax.identity(), weight_decay, mask),
-        _step(learning_rate, "signsgd"),
+        *(() if axis_name is None else (counted,)),
+        *_right("signsgd", learning_rate, axis_name, weight_decay, mask, wire=wire),
     )
 
 
@@ -81,6 +77,7 @@ def signum(
     beta: float | jax.Array = 0.9,
     accumulator_dtype: Any = None,
     *,
+    nesterov: bool = False,
     axis_name: _axis.AxisName = None,
     num_workers: int | None = None,
     wire: Wire = "two_bit",
@@ -97,7 +94,9 @@ def signum(
       learning_rate: :math:`\alpha`, a number or a schedule: how far each parameter moves in a step.
       beta: :math:`\beta` in [0, 1), the decay rate of the momentum.
       accumulator_dtype: Dtype of the momentum; that of the parameters if None.
-      axis_name: The workers, as in `majority_vote`. None is one worker, and then this is `optax.signum` with weight decay.
+      nesterov: Use the sign of :math:`\beta m_{m,t+1} + (1 - \beta) g_{m,t}`, as in `scale_by_signum`.
+      axis_name: The workers, as in `majority_vote`. None is one worker, and then this is `optax.signum` with weight decay,
+        and with momentum that NaN and inf do not reach.
       num_workers: Size of the axis. If given, the momentum is kept in a `PerWorkerState`, as `simulate`, `on_mesh`,
         checkpoints and `shard_map` want it; a `jax.pmap` over replicated state needs none.
       wire: What travels, as in `majority_vote`.
@@ -121,20 +120,11 @@ def signum(
     References:
       Algorithms 2 and 3 of Bernstein et al., `signSGD <https://arxiv.org/abs/1802.04434>`_, 2018.
     """
-    check_beta(beta, "signum")
-    if axis_name is None:
-        _require_axis(num_workers, "signum")
-        return optax.chain(
-            optax.ema(beta, debias=False, accumulator_dtype=accumulator_dtype),
-            _decayed(optax.scale_by_sign(), weight_decay, mask),
-            _step(learning_rate, "signum"),
-        )
-    momentum = average_to_vote(beta, accumulator_dtype, caller="signum")
+    _check.decay(beta, "signum", "beta")
+    momentum = average_of(beta, nesterov=nesterov, accumulator_dtype=accumulator_dtype)
     return optax.chain(
-        _on_each_worker(momentum, axis_name, num_workers),
-        majority_vote(axis_name, wire=wire),
-        _decayed(optax.identity(), weight_decay, mask),
-        _step(learning_rate, "signum"),
+        _left("signum", momentum if axis_name is None else signs_of(momentum), axis_name, num_workers),
+        *_right("signum", learning_rate, axis_name, weight_decay, mask, wire=wire),
     )
 
 
@@ -165,7 +155,8 @@ def lion(
       mu_dtype: Dtype of the momentum; that of the parameters if None.
       weight_decay: :math:`\lambda`, decoupled: it acts after the vote.
       mask: Which leaves decay, as in `optax.add_decayed_weights`.
-      axis_name: The workers, as in `majority_vote`. None is one worker, and then this is `optax.lion`.
+      axis_name: The workers, as in `majority_vote`. None is one worker, and then this is `optax.lion`, with
+        momentum that NaN and inf do not reach.
       num_workers: Size of the axis, as in `signum`.
       wire: What travels, as in `majority_vote`.
 
@@ -187,15 +178,11 @@ def lion(
       al., `Communication Efficient Distributed Training with Distributed Lion <https://arxiv.org/abs/2404.00438>`_, 2024,
       Algorithm 1 with the majority vote.
     """
-    if axis_name is None:
-        _require_axis(num_workers, "lion")
-        return optax.lion(learning_rate, b1, b2, mu_dtype, weight_decay, mask)
-    momentum = finite_only(optax.scale_by_lion(b1, b2, mu_dtype), caller="lion")
+    for name, beta in (("b1", b1), ("b2", b2)):
+        _check.share(beta, "lion", name)
     return optax.chain(
-        _on_each_worker(momentum, axis_name, num_workers),
-        majority_vote(axis_name, wire=wire),
-        _decayed(optax.identity(), weight_decay, mask),
-        _step(learning_rate, "lion"),
+        _left("lion", optax.scale_by_lion(b1, b2, mu_dtype), axis_name, num_workers),
+        *_right("lion", learning_rate, axis_name, weight_decay, mask, wire=wire),
     )
 
 
@@ -258,6 +245,7 @@ def signprox(
       Xu and Kamilov, *SignProx: One-bit proximal algorithm for nonconvex stochastic optimization*, ICASSP 2019. The
       vote, the momentum and `step_size=None` are ours.
     """
+    _check.learning_rate(learning_rate, "signprox")
     prox = as_prox(prox, "signprox")
     free = step_size is None and not prox.separable
     mapping = scale_by_prox_gradient(
@@ -266,14 +254,13 @@ def signprox(
         reach=learning_rate if free else None,
         axis_name=axis_name,
     )
-    momentum = () if beta is None else (optax.ema(beta, debias=True),)
-    if axis_name is None:
-        _require_axis(num_workers, "signprox")
-        return optax.chain(*momentum, mapping, scale_by_sign(), _step(learning_rate, "signprox"))
+    if beta is not None:
+        _check.decay(beta, "signprox", "beta")
+        momentum = optax.ema(beta, debias=True)
+        mapping = optax.chain((keep_finite if axis_name is None else count_notfinite)(momentum, "signprox"), mapping)
     return optax.chain(
-        _on_each_worker(optax.chain(*map(finite_only, momentum), mapping), axis_name, num_workers),
-        majority_vote(axis_name, wire=wire),
-        _step(learning_rate, "signprox"),
+        _own("signprox", mapping, axis_name, num_workers),
+        *_right("signprox", learning_rate, axis_name, None, None, wire=wire),
     )
 
 
@@ -338,35 +325,66 @@ def mh_signsgd(
       Algorithm 1 of Yang et al., Adaptive Multi-Hierarchical signSGD, 2020, which has no momentum; its choice is
       `beta=0.0, estimator="exact", wire="psum"`.
     """
-    check_beta(beta, "mh_signsgd")
-    momentum = finite_only(optax.ema(beta, accumulator_dtype=accumulator_dtype), caller="mh_signsgd")
-    decay = None if _is_zero(weight_decay) else optax.add_decayed_weights(weight_decay, mask)
+    _check.decay(beta, "mh_signsgd", "beta")
+    _check.learning_rate(weight_decay, "mh_signsgd", "weight_decay")
+    decay = None if _check.is_zero(weight_decay) else optax.add_decayed_weights(weight_decay, mask)
     vote_at_a_rate = at_found_rate("mh_signsgd", axis_name, smoothness, estimator, wire, decay, report)
     return optax.chain(
-        _on_each_worker(momentum, axis_name, num_workers),
+        _left("mh_signsgd", optax.ema(beta, accumulator_dtype=accumulator_dtype), axis_name, num_workers),
         vote_at_a_rate,
-        optax.scale(-1.0),
+        _warning(optax.scale(-1.0), "mh_signsgd"),
     )
 
 
-def _on_each_worker(tx, axis_name, num_workers):
-    """What lies left of the vote: on every worker, with a state of its own if their number is known."""
+def _left(caller, tx, axis_name, num_workers):
+    """What lies left of the vote, with a state that only finite values reach, and that counts the others if it votes."""
+    finite = keep_finite(tx, caller, complex_too=True) if axis_name is None else count_notfinite(tx, caller)
+    return _own(caller, finite, axis_name, num_workers)
+
+
+def _own(caller, tx, axis_name, num_workers):
+    """`tx` on every worker, with a state of its own if their number is known."""
     if num_workers is None:
         return tx
-    return state.per_worker(tx, num_workers, axis_name=axis_name)
-
-
-def _require_axis(num_workers, caller):
-    if num_workers is not None:
+    if axis_name is None:
         raise ValueError(
             f"`{caller}(num_workers=...)` has to come with an axis to vote over, got num_workers={num_workers} and "
             "axis_name=None. Pass `axis_name=...`, or leave out `num_workers` for one worker."
         )
+    return state.per_worker(tx, num_workers, axis_name=axis_name)
 
 
-def _step(learning_rate, caller):
-    """`optax.scale_by_learning_rate`, which says at init where such steps round to nothing."""
-    tx = optax.scale_by_learning_rate(learning_rate)
+def _right(caller, learning_rate, axis_name, weight_decay, mask, **vote):
+    """The links from the vote on: the vote (its settings are `vote`), weight decay unless it is None, and the step."""
+    _check.learning_rate(learning_rate, caller)
+    _check.choice(vote["wire"], get_args(Wire), caller, "wire")
+    step = _warning(optax.scale_by_learning_rate(learning_rate), caller)
+    border = _own_sign(caller) if axis_name is None else majority_vote(axis_name, **vote)
+    if weight_decay is None:
+        return border, step
+    _check.learning_rate(weight_decay, caller, "weight_decay")
+    if axis_name is None:  # one link, as optax has it
+        return _decayed(border, weight_decay, mask), step
+    return border, _decayed(optax.identity(), weight_decay, mask), step
+
+
+def _own_sign(caller):
+    """The vote of one worker, without a state: `optax.scale_by_sign` that takes `present=`, by our rules for signs."""
+
+    def own_sign(x, present):
+        s = jnp.sign(x) if jnp.iscomplexobj(x) else sign.sign(x)
+        return s if present is None else jnp.where(present, s, jnp.zeros_like(s))
+
+    def update_fn(updates, state, params=None, *, present=None, **extra_args):
+        del params, extra_args
+        sign.require_floating(updates, caller, complex_too=True)
+        return jax.tree.map(lambda x: own_sign(x, present), updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update_fn)
+
+
+def _warning(tx, caller):
+    """`tx`, which says at init where steps of a sign round to nothing."""
 
     def init_fn(params):
         warn_if_narrow(params, caller)
@@ -380,14 +398,11 @@ def _decayed(tx, weight_decay, mask):
 
     So the state is that of optax's own sign optimizers whatever the weight decay, and only a Python 0 needs no params.
     """
+    tx = optax.with_extra_args_support(tx)
     decay = optax.add_decayed_weights(weight_decay, mask)
 
-    def update_fn(updates, state, params=None):
-        updates, _ = tx.update(updates, optax.EmptyState(), params)
-        return (updates, state) if _is_zero(weight_decay) else decay.update(updates, state, params)
+    def update_fn(updates, state, params=None, **extra_args):
+        updates, _ = tx.update(updates, optax.EmptyState(), params, **extra_args)
+        return (updates, state) if _check.is_zero(weight_decay) else decay.update(updates, state, params)
 
-    return optax.GradientTransformation(decay.init, update_fn)
-
-
-def _is_zero(weight_decay):
-    return isinstance(weight_decay, int | float) and weight_decay == 0
+    return optax.GradientTransformationExtraArgs(decay.init, update_fn)

@@ -256,7 +256,7 @@ def _own_steps(inner, delay, reset_inner):
 
     Its updates are what is exchanged: the offset after this step, or before it if the decision is late.
     """
-    inner = momentum.finite_only(inner, caller="local_steps")
+    inner = momentum.count_notfinite(inner, "local_steps")
 
     def init_fn(params):
         return OwnSteps(jax.tree.map(jnp.zeros_like, params), inner.init(params))

@@ -18,13 +18,9 @@ from signopt import _axis
 from signopt import _check
 from signopt import _float
 from signopt import sign
-from signopt.alias import _decayed
-from signopt.alias import _on_each_worker
-from signopt.alias import _require_axis
-from signopt.alias import _step
-from signopt.momentum import finite_only
+from signopt.alias import _left
+from signopt.alias import _right
 from signopt.vote import Wire
-from signopt.vote import majority_vote
 
 NS_COEFFS = (3.4445, -4.7750, 2.0315)
 
@@ -107,6 +103,7 @@ def sign_muon(
     ema = optax.ema(beta, debias=False, accumulator_dtype=accumulator_dtype)
 
     def update_fn(updates, state, params=None):
+        sign.require_floating(updates, caller)
         average, new_state = ema.update(updates, state, params)
         if nesterov:
             wide = jax.tree.map(_float.widen, average)
@@ -119,14 +116,11 @@ def sign_muon(
         )
         return jax.tree.map(_itself_or_sign, updates, voted), new_state
 
-    left = optax.GradientTransformation(ema.init, update_fn)
-    if axis_name is None:
-        _require_axis(num_workers, caller)
-        border = optax.stateless(lambda updates, params: jax.tree.map(sign.sign, updates))
-    else:
-        left = _on_each_worker(finite_only(left, caller=caller), axis_name, num_workers)
-        border = majority_vote(axis_name, wire=wire)
-    return optax.chain(left, border, _decayed(optax.identity(), weight_decay, mask), _step(learning_rate, caller))
+    momentum = optax.GradientTransformation(ema.init, update_fn)
+    return optax.chain(
+        _left(caller, momentum, axis_name, num_workers),
+        *_right(caller, learning_rate, axis_name, weight_decay, mask, wire=wire),
+    )
 
 
 def dimension_numbers(tree: Any, muon_weight_dimension_numbers: Any) -> Any:

@@ -1,5 +1,6 @@
 """Left of the border: from a worker's gradient to what it votes with."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -7,7 +8,10 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
+from signopt import _axis
+from signopt import _check
 from signopt import _flat
+from signopt import _float
 from signopt import sign
 
 
@@ -28,7 +32,7 @@ def scale_by_sign(*, threshold: float | jax.Array = 0.0) -> optax.GradientTransf
 
     Raises:
       ValueError: If `threshold` is negative.
-      TypeError: In `update`, if a leaf is not of a floating-point dtype.
+      TypeError: If `threshold` is no number; in `update`, if a leaf is not of a floating-point dtype.
 
     Examples:
       >>> import jax.numpy as jnp, signopt
@@ -39,13 +43,12 @@ def scale_by_sign(*, threshold: float | jax.Array = 0.0) -> optax.GradientTransf
     References:
       Bernstein et al., `signSGD <https://arxiv.org/abs/1802.04434>`_, 2018: Algorithm 1 and, for abstention, section 6.
     """
-    if not isinstance(threshold, jax.Array) and not threshold >= 0:
-        raise ValueError(f"`scale_by_sign(threshold=...)` has to be at least 0, got {threshold}.")
+    _check.at_least(0, threshold, "scale_by_sign", "threshold")
 
     def update_fn(updates, params=None):
         del params
         sign.require_floating(updates, "scale_by_sign")
-        if not isinstance(threshold, jax.Array) and threshold == 0:
+        if _check.is_zero(threshold):
             return jax.tree.map(sign.sign, updates)
         return jax.tree.map(lambda x: jnp.where(_is_sure(x, threshold), sign.sign(x), 0), updates)
 
@@ -79,7 +82,7 @@ def scale_by_signum(
       and +1 in their own dtypes.
 
     Raises:
-      ValueError: If `beta` is outside [0, 1) or `warmup_steps` is negative.
+      ValueError: If `beta` is outside [0, 1) or `warmup_steps` is negative; in `update`, as `finite_only` does.
       TypeError: In `update`, if a leaf is not of a floating-point dtype.
 
     Examples:
@@ -94,47 +97,43 @@ def scale_by_signum(
     References:
       Algorithm 2 and Theorem 3 of Bernstein et al., `signSGD <https://arxiv.org/abs/1802.04434>`_, 2018.
     """
-    check_beta(beta, "scale_by_signum")
-    if not isinstance(warmup_steps, jax.Array) and warmup_steps < 0:
-        raise ValueError(f"`scale_by_signum(warmup_steps=...)` has to be at least 0, got {warmup_steps}.")
+    _check.decay(beta, "scale_by_signum", "beta")
+    _check.at_least(0, warmup_steps, "scale_by_signum", "warmup_steps")
+    average = average_of(beta, warmup_steps=warmup_steps, nesterov=nesterov, accumulator_dtype=accumulator_dtype)
+    return count_notfinite(signs_of(average), "scale_by_signum")
+
+
+def signs_of(average: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The signs of what a transformation returns, in the dtypes of the updates: a sign survives every dtype."""
+
+    def update_fn(updates, state, params=None):
+        found, state = average.update(updates, state, params)
+        return jax.tree.map(lambda g, m: sign.sign(m).astype(jnp.result_type(g)), updates, found), state
+
+    return optax.GradientTransformation(average.init, update_fn)
+
+
+def average_of(
+    beta: float | jax.Array,
+    *,
+    warmup_steps: int | jax.Array = 0,
+    nesterov: bool = False,
+    accumulator_dtype: Any = None,
+) -> optax.GradientTransformation:
+    """What `scale_by_signum` takes the signs of; without extras `optax.ema`, whose state it has."""
     ema = optax.ema(beta, debias=False, accumulator_dtype=accumulator_dtype)
-    never_warms_up = not isinstance(warmup_steps, jax.Array) and warmup_steps == 0
 
     def update_fn(updates, state, params=None):
         voted, new_state = ema.update(updates, state, params)
         if nesterov:
             voted = optax.tree.update_moment(updates, voted, beta, 1)
-        if not never_warms_up:
-            voted = jax.tree.map(lambda g, m: jnp.where(state.count < warmup_steps, g, m), updates, voted)
-        return jax.tree.map(lambda g, m: sign.sign(m).astype(g.dtype), updates, voted), new_state
+        if not _check.is_zero(warmup_steps):
+            voted = jax.tree.map(
+                lambda g, m: jnp.where(state.count < warmup_steps, jnp.asarray(g).astype(m.dtype), m), updates, voted
+            )
+        return voted, new_state
 
-    return finite_only(optax.GradientTransformation(ema.init, update_fn), caller="scale_by_signum")
-
-
-def average_to_vote(
-    beta: float | jax.Array, accumulator_dtype: Any, *, caller: str
-) -> optax.GradientTransformationExtraArgs:
-    """`scale_by_signum` for one who takes signs anyway: the average itself, where it has the dtype of the gradient.
-
-    A sign of its own would be a kernel to compile for every leaf.
-    """
-    ema = optax.ema(beta, debias=False, accumulator_dtype=accumulator_dtype)
-
-    def update_fn(updates, state, params=None):
-        average, new_state = ema.update(updates, state, params)
-
-        def itself_or_sign(gradient, m):
-            return m if m.dtype == gradient.dtype else sign.sign(m).astype(gradient.dtype)
-
-        return jax.tree.map(itself_or_sign, updates, average), new_state
-
-    return finite_only(optax.GradientTransformation(ema.init, update_fn), caller=caller)
-
-
-def check_beta(beta: float | jax.Array, caller: str) -> None:
-    """Raise a `ValueError` if a decay rate is outside [0, 1)."""
-    if not isinstance(beta, jax.Array) and not 0 <= beta < 1:
-        raise ValueError(f"`{caller}(beta=...)` has to be in [0, 1), got {beta}.")
+    return optax.GradientTransformation(ema.init, update_fn)
 
 
 class FiniteOnlyState(NamedTuple):
@@ -149,45 +148,92 @@ class FiniteOnlyState(NamedTuple):
     total_notfinite: jax.Array
 
 
-def finite_only(
-    inner: optax.GradientTransformation, *, caller: str = "finite_only"
-) -> optax.GradientTransformationExtraArgs:
+def finite_only(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Keep NaN and inf out of `inner`: such an entry counts as 0 before `inner` sees it.
 
     Unlike `optax.apply_if_finite`, which skips the step of a whole tree and may not be wrapped around a vote, this acts
     entry by entry: one bad number costs one vote. An entry that overflows inside the state of `inner` (a gradient of
-    1e5 in a float16 average) leaves that entry of the state as it was.
+    1e5 in a float16 average) leaves that entry of the state as it was. It belongs outermost on the worker, around
+    whatever has a norm: `per_worker(finite_only(optax.chain(...)), num_workers)`.
 
     Args:
       inner: A transformation without communication.
-      caller: The call to name in an error.
 
     Returns:
       A transformation with a `FiniteOnlyState`.
 
     Raises:
+      ValueError: In `update`, if types show that the state is the same on every worker and the updates are not.
       TypeError: In `update`, if a leaf is not of a floating-point dtype.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, signopt
+      >>> tx = signopt.finite_only(optax.trace(0.5))
+      >>> state = tx.init(jnp.zeros(2))
+      >>> for gradient in ([4.0, jnp.nan], [jnp.inf, 1.0]):
+      ...     updates, state = tx.update(jnp.array(gradient), state)
+      >>> updates.tolist(), int(state.total_notfinite)
+      ([2.0, 1.0], 2)
     """
-    inner = optax.with_extra_args_support(inner)
+    return count_notfinite(inner, "finite_only")
+
+
+def count_notfinite(inner: optax.GradientTransformation, caller: str) -> optax.GradientTransformationExtraArgs:
+    """`finite_only`, with the call to name in an error."""
+    inner = keep_finite(inner, caller)
 
     def init_fn(params):
         return FiniteOnlyState(inner.init(params), jnp.zeros([], jnp.int32))
 
     def update_fn(updates, state, params=None, **extra_args):
         sign.require_floating(updates, caller)
-        good = jnp.array([_all_finite(flat) for flat in _flat.joined(updates)], bool)
-        total = jnp.where(jnp.all(good), state.total_notfinite, optax.safe_increment(state.total_notfinite))
-        updates = jax.tree.map(lambda x: _if_finite(x, lax.full_like(x, 0)), updates)
+        total = jnp.where(_all_finite(updates), state.total_notfinite, optax.safe_increment(state.total_notfinite))
         updates, new_inner = inner.update(updates, state.inner_state, params, **extra_args)
-        new_inner = jax.tree.map(_if_finite, new_inner, state.inner_state)
-        return updates, FiniteOnlyState(new_inner, total)
+        new_state = FiniteOnlyState(new_inner, total)
+        _axis.require_own(state, new_state, caller)
+        return updates, new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _all_finite(x: jax.Array) -> jax.Array:
-    """Of 8-bit integers: XLA on CPUs reduces booleans in a tree of kernels, which takes several times as long."""
-    return jnp.min(lax.is_finite(x).astype(jnp.int8)) == 1
+def keep_finite(
+    inner: optax.GradientTransformation, caller: str, *, complex_too: bool = False
+) -> optax.GradientTransformationExtraArgs:
+    """`finite_only` that does not count, so that its state is that of `inner`."""
+    inner = optax.with_extra_args_support(inner)
+
+    def init_fn(params):
+        # Zeros like a Python number are weakly typed, and what an update makes of them is not: that would compile twice.
+        return jax.tree.map(lambda x: x.astype(x.dtype) if getattr(x, "weak_type", False) else x, inner.init(params))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        sign.require_floating(updates, caller, complex_too=complex_too)
+        updates = _as_arrays(updates)
+        updates = jax.tree.map(lambda x: _if_finite(x, lax.full_like(x, 0)), updates)
+        updates, new_state = inner.update(updates, state, params, **extra_args)
+        _axis.require_own(state, new_state, caller)
+        return updates, jax.tree.map(_if_finite, new_state, state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _all_finite(tree: Any) -> jax.Array:
+    """Whether all entries of a tree are.
+
+    Leaf by leaf where other axes may shard them: joining would gather them. Elsewhere small ones are joined, since a
+    reduction of its own takes longer to compile than the rest of a leaf's update. Of 8-bit integers: XLA on CPUs reduces
+    booleans in a tree of kernels, which takes several times as long.
+    """
+    tree = _as_arrays(tree)
+    leaves = jax.tree.leaves(tree) if _axis.may_be_sharded() else _flat.joined(tree)
+    one = jnp.ones([], jnp.int8)
+    smallest = [lax.reduce(lax.is_finite(x).astype(jnp.int8), one, lax.min, range(x.ndim)) for x in leaves]
+    return functools.reduce(lax.min, smallest, one) == 1
+
+
+def _as_arrays(tree: Any) -> Any:
+    """Python's and NumPy's numbers as arrays."""
+    return jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jnp.asarray(x), tree)
 
 
 def _if_finite(x: jax.Array, otherwise: jax.Array) -> jax.Array:
@@ -195,16 +241,20 @@ def _if_finite(x: jax.Array, otherwise: jax.Array) -> jax.Array:
 
     By `lax`, because `jax.numpy` traces a function of its own for every shape, which hundreds of leaves would feel.
     """
-    if not jnp.issubdtype(x.dtype, jnp.floating):
+    dtype = jnp.result_type(x)
+    if not jnp.issubdtype(dtype, jnp.inexact):
         return x
-    return lax.select(lax.is_finite(x), x, otherwise.astype(x.dtype))
+    is_finite = jnp.isfinite if jnp.issubdtype(dtype, jnp.complexfloating) else lax.is_finite
+    return lax.select(is_finite(x), x, jnp.asarray(otherwise).astype(dtype))
 
 
 def _is_sure(x: jax.Array, threshold: float | jax.Array) -> jax.Array:
     """Whether each entry exceeds `threshold` times the root mean square of the finite ones, in at least float32."""
-    wide = jnp.abs(x).astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = jnp.abs(_float.widen(x))
     finite = jnp.isfinite(wide)
-    largest = jnp.max(wide, initial=0, where=finite)
-    unit = jnp.where(largest > 0, largest, 1)  # so that squares neither overflow nor vanish
-    mean_square = jnp.sum(jnp.where(finite, wide / unit, 0) ** 2) / jnp.maximum(jnp.sum(finite), 1)
-    return (wide > threshold * unit * jnp.sqrt(mean_square)) | (threshold == 0)
+    sizes = jnp.where(finite, wide, jnp.zeros_like(wide))
+    entries = jnp.maximum(jnp.sum(finite, dtype=jnp.int32), 1).astype(wide.dtype)
+    unit = _float.unit_of(jnp.max(sizes, initial=0))
+    rms = unit * jnp.sqrt(jnp.sum((sizes / unit) ** 2) / entries)
+    threshold = jnp.asarray(threshold).astype(wide.dtype)
+    return (wide > threshold * rms) | (threshold == 0)

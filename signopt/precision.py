@@ -14,13 +14,15 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
+from signopt import _check
+
 
 class MasterWeightsState(NamedTuple):
     """The parameters as they would be in float32.
 
     Attributes:
       inner_state: The state of the wrapped optimizer.
-      master: The parameters in float32, where they are narrower; else None. Shared.
+      master: The parameters in float32, where they are narrower; else without entries. Shared.
     """
 
     inner_state: optax.OptState
@@ -75,17 +77,15 @@ def master_weights(tx: optax.GradientTransformation) -> optax.GradientTransforma
     tx = optax.with_extra_args_support(tx)
 
     def init_fn(params):
-        master = jax.tree.map(lambda p: p.astype(jnp.float32) if _is_narrow(p) else None, params)
-        return MasterWeightsState(tx.init(_widened(params)), master)
+        return MasterWeightsState(tx.init(_widened(params)), jax.tree.map(_master, params, _widened(params)))
 
     def update_fn(updates, state, params=None, **extra_args):
-        _require_params(params, "master_weights")
-        wide = jax.tree.map(lambda p, y: p if y is None else y, params, state.master)
+        params = _check.params(params, "master_weights", "updates lead to the rounded copy")
+        wide = jax.tree.map(lambda p, y: y if _is_narrow(p) else p, params, state.master)
         steps, inner_state = tx.update(_widened(updates), state.inner_state, wide, **extra_args)
         new = optax.apply_updates(wide, steps)
-        updates = jax.tree.map(lambda p, u, y: _onto(p, y.astype(p.dtype)) if _is_narrow(p) else u, params, steps, new)
-        master = jax.tree.map(lambda p, y: y if _is_narrow(p) else None, params, new)
-        return updates, MasterWeightsState(inner_state, master)
+        updates = jax.tree.map(lambda p, u, y: _onto(p, y) if _is_narrow(p) else u, params, steps, new)
+        return updates, MasterWeightsState(inner_state, jax.tree.map(_master, params, new))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -129,14 +129,15 @@ def stochastic_rounding(tx: optax.GradientTransformation, key: jax.Array) -> opt
         return StochasticRoundingState(tx.init(_widened(params)), jnp.zeros([], jnp.int32))
 
     def update_fn(updates, state, params=None, **extra_args):
-        _require_params(params, "stochastic_rounding")
+        params = _check.params(params, "stochastic_rounding", "updates lead to what rounding gives")
         wide = _widened(params)
         steps, inner_state = tx.update(_widened(updates), state.inner_state, wide, **extra_args)
         new = optax.apply_updates(wide, steps)
         keys = optax.tree.split_key_like(jax.random.fold_in(key, state.count), new)
 
         def rounded(p, u, y, k):
-            return _onto(p, _round(k, y)) if p.dtype == jnp.bfloat16 else u.astype(p.dtype)
+            dtype = jnp.result_type(p)
+            return _onto(p, _round(k, y)) if dtype == jnp.bfloat16 else jnp.asarray(u).astype(dtype)
 
         updates = jax.tree.map(rounded, params, steps, new, keys)
         return updates, StochasticRoundingState(inner_state, state.count + 1)
@@ -152,10 +153,11 @@ def warn_if_narrow(params: Any, caller: str) -> None:
     """
     for path, p in jax.tree.leaves_with_path(params):
         if _is_narrow(p):
-            unit = float(jnp.finfo(p.dtype).eps)
+            dtype = jnp.result_type(p)
+            unit = float(jnp.finfo(dtype).eps)
             warnings.warn(
-                f"`{caller}` got {p.dtype} parameters at `params{jax.tree_util.keystr(path)}`: a sign step below "
-                f"{unit / 4:.1e} on a weight of 1.0 does nothing in {p.dtype}. Wrap the optimizer in "
+                f"`{caller}` got {dtype} parameters at `params{jax.tree_util.keystr(path)}`: a sign step below "
+                f"{unit / 4:.1e} on a weight of 1.0 does nothing in {dtype}. Wrap the optimizer in "
                 "`signopt.precision.master_weights` or `stochastic_rounding`, or keep float32 parameters.",
                 stacklevel=3,
             )
@@ -163,7 +165,8 @@ def warn_if_narrow(params: Any, caller: str) -> None:
 
 
 def _is_narrow(p):
-    return jnp.issubdtype(p.dtype, jnp.floating) and jnp.finfo(p.dtype).bits < 32
+    dtype = jnp.result_type(p)
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
 
 
 def _widened(tree):
@@ -172,14 +175,24 @@ def _widened(tree):
             return x
         if isinstance(x, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(x.shape, jnp.float32)
-        return x.astype(jnp.float32)
+        return jnp.asarray(x).astype(jnp.float32)
 
     return jax.tree.map(widen, tree)
 
 
+def _master(p, y):
+    """`y` for a narrow parameter; for another one its shape without entries, because all states map over parameters."""
+    dtype = jnp.result_type(y)
+    shape = jnp.shape(p) if _is_narrow(p) or jnp.ndim(p) == 0 else (0, *jnp.shape(p)[1:])
+    if isinstance(y, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(shape, dtype)
+    return jnp.asarray(y, dtype) if shape == jnp.shape(p) else jnp.zeros(shape, dtype)
+
+
 def _onto(p, target):
-    """The update that moves `p` to `target`; exact between neighbours in size (Sterbenz)."""
-    return (target.astype(jnp.float32) - p.astype(jnp.float32)).astype(p.dtype)
+    """The update that moves `p` to `target`, rounded; exact between neighbours in size (Sterbenz)."""
+    dtype = jnp.result_type(p)
+    return (target.astype(dtype).astype(jnp.float32) - jnp.asarray(p).astype(jnp.float32)).astype(dtype)
 
 
 def _round(key, y):
@@ -188,8 +201,3 @@ def _round(key, y):
     odds = jax.random.bits(key, y.shape, jnp.uint16).astype(jnp.uint32)
     kept = jnp.where(jnp.isfinite(y), bits + odds, bits) & jnp.uint32(0xFFFF0000)
     return lax.bitcast_convert_type(kept, jnp.float32).astype(jnp.bfloat16)
-
-
-def _require_params(params, caller):
-    if params is None:
-        raise ValueError(f"`{caller}(tx).update(params=...)` has to be given the parameters, got None.")

@@ -59,7 +59,7 @@ def sign(x: jax.Array) -> jax.Array:
       >>> sign(jnp.array([2.5, -1e-45, 0.0, -0.0, jnp.nan, jnp.inf])).tolist()
       [1.0, -1.0, 0.0, 0.0, 0.0, 0.0]
     """
-    return vote(x).astype(x.dtype)
+    return vote(x).astype(jnp.result_type(x))
 
 
 def vote(x: jax.Array) -> jax.Array:
@@ -67,32 +67,39 @@ def vote(x: jax.Array) -> jax.Array:
     return is_positive(x).astype(jnp.int8) - is_negative(x).astype(jnp.int8)
 
 
-def require_floating(tree: Any, caller: str) -> None:
+def require_floating(tree: Any, caller: str, *, complex_too: bool = False) -> None:
     """Refuse leaves that have no sign of this kind.
 
     Args:
       tree: Any tree of arrays.
       caller: The call to name in the error, without backticks.
+      complex_too: Whether complex leaves pass, where a step is optax's own.
 
     Raises:
-      TypeError: If a leaf is complex, an integer or a boolean.
+      TypeError: If a leaf is complex, an integer or a boolean, or narrower than 16 bits.
     """
     for path, leaf in jax.tree.leaves_with_path(tree):
-        dtype = jnp.result_type(leaf)
-        if not jnp.issubdtype(dtype, jnp.floating):
-            cure = (
-                "Optimize the real and the imaginary part as two leaves"
-                if jnp.issubdtype(dtype, jnp.complexfloating)
-                else "Leave it out with `optax.masked` or `optax.partition`"
-            )
-            raise TypeError(
-                f"`{caller}` has to be given floating-point leaves, got {dtype} at "
-                f"`updates{jax.tree_util.keystr(path)}`. {cure}."
-            )
+        dtype, rule = jnp.result_type(leaf), ""
+        if jnp.issubdtype(dtype, jnp.complexfloating):
+            if complex_too:
+                continue
+            cure = "Optimize the real and the imaginary part as two leaves"
+        elif not jnp.issubdtype(dtype, jnp.floating):
+            cure = "Leave it out with `optax.masked` or `optax.partition`"
+        elif jnp.finfo(dtype).bits < 16:
+            rule = " of at least 16 bits"
+            cure = "Keep parameters and gradients in bfloat16 or wider, and round a copy to compute with"
+        else:
+            continue
+        raise TypeError(
+            f"`{caller}` has to be given floating-point leaves{rule}, got {dtype} at "
+            f"`updates{jax.tree_util.keystr(path)}`. {cure}."
+        )
 
 
 def _bit_pattern(x):
     """The bits of `x` as unsigned integers, those of the largest finite number, and those of -0."""
+    x = jnp.asarray(x)
     uint = jnp.dtype(f"uint{jnp.finfo(x.dtype).bits}")
     largest = np.asarray(jnp.finfo(x.dtype).max, x.dtype).view(uint)[()]
     return lax.bitcast_convert_type(x, uint), largest, uint.type(1 << (8 * uint.itemsize - 1))

@@ -213,9 +213,13 @@ def test_every_transformation_is_of_optaxs_type_and_takes_extra_arguments():
         assert isinstance(make(axis_name="w"), optax.GradientTransformationExtraArgs)
 
 
-def test_optimizers_agree_on_one_worker():
-    """With one worker and two_bit, the vote over an axis of size 1 changes nothing."""
+@pytest.mark.parametrize("bad", (False, True), ids=("finite", "bad"))
+def test_optimizers_agree_on_one_worker(bad):
+    """With one worker and two_bit, the vote over an axis of size 1 changes nothing, also where gradients are not finite."""
     stacked = gradients(5, (1,))
+    if bad:
+        stacked["w"] = stacked["w"].at[1, 0, 0].set(jnp.nan).at[2, 0, 1].set(-jnp.inf)
+        stacked["s"] = stacked["s"].at[3].set(jnp.inf)
     pairs = [(OPTIMIZERS[name][0](axis_name="w", num_workers=1), OPTIMIZERS[name][0]()) for name in OPTIMIZERS]
     for with_axis, without in pairs:
         updates, _ = simulate(with_axis, stacked)
@@ -223,3 +227,69 @@ def test_optimizers_agree_on_one_worker():
         for step in range(5):
             expected, state = without.update(jax.tree.map(operator.itemgetter((step, 0)), stacked), state, PARAMS)
             chex.assert_trees_all_equal(jax.tree.map(operator.itemgetter(step), updates), expected)
+            chex.assert_tree_all_finite((expected, state))
+
+
+def test_optax_s_own_momentum_would_be_lost_to_a_nan():
+    """Negative control for the test above."""
+    bad = jnp.array([jnp.nan])
+    for ours, theirs in ((signopt.signum(1.0), optax.signum(1.0)), (signopt.lion(1.0), optax.lion(1.0))):
+        lost = theirs.update(bad, theirs.init(bad), bad)[1]
+        assert jnp.isnan(jax.tree.leaves(lost[0])[-1]).all()
+        kept = ours.update(bad, ours.init(bad), bad)[1]
+        assert (jax.tree.leaves(kept[0])[-1] == 0).all()
+
+
+@pytest.mark.parametrize("name", ("signsgd", "signum", "lion", "signprox"))
+@pytest.mark.parametrize("present", (True, False, jnp.asarray(False)))
+def test_one_worker_without_an_axis_may_be_absent(name, present):
+    kwargs = {"prox": signopt.prox.l1(0.0)} if name == "signprox" else {"weight_decay": 0.5}
+    tx = getattr(signopt, name)(1.0, **kwargs)
+    params, gradient = jnp.array([4.0, -2.0]), jnp.array([-1.0, -3.0])
+    updates, _ = tx.update(gradient, tx.init(params), params, present=present)
+    decay = -0.5 * params if "weight_decay" in kwargs else 0 * params
+    np.testing.assert_array_equal(updates, decay + bool(present))
+
+
+@pytest.mark.parametrize("axis_name", (None, "w"))
+def test_nesterov_is_that_of_scale_by_signum(axis_name):
+    rng = np.random.default_rng(0)
+    g = rng.integers(-4, 5, (6, 1, 40)).astype(np.float32)
+    tx = signopt.signum(1.0, 0.5, nesterov=True, axis_name=axis_name)
+    state = tx.init(jnp.zeros(40))
+    expected, _ = reference.signum(g[:, 0], 0.5, nesterov=True)
+    plain, _ = reference.signum(g[:, 0], 0.5)
+    assert (expected != plain).any()
+    for step, row in enumerate(g):
+        if axis_name is None:
+            updates, state = tx.update(jnp.asarray(row[0]), state)
+        else:
+            mapped = jax.vmap(tx.update, (0, None), (None, 0), axis_name="w")(jnp.asarray(row), state)
+            updates, state = mapped[0], jax.tree.map(lambda x: x[0], mapped[1])
+        np.testing.assert_array_equal(updates, -expected[step])
+
+
+ALIASES = {
+    "signsgd": signopt.signsgd,
+    "signum": signopt.signum,
+    "lion": signopt.lion,
+    "signprox": lambda rate, **kw: signopt.signprox(rate, prox=signopt.prox.l1(0.1), **kw),
+}
+
+
+@pytest.mark.parametrize("axis_name", (None, "w"))
+@pytest.mark.parametrize("name", ALIASES)
+def test_rates_that_are_none_are_refused(name, axis_name):
+    make = lambda rate, **kw: ALIASES[name](rate, axis_name=axis_name, **kw)
+    with pytest.raises(
+        TypeError, match=rf"`{name}\(learning_rate=\.\.\.\)` has to be a number at least 0, got '1e-3'\."
+    ):
+        make("1e-3")
+    for rate in (-1e-3, np.float32(-1.0), jnp.float32(-1.0), jnp.float32(jnp.nan)):
+        with pytest.raises(ValueError, match=rf"`{name}\(learning_rate=\.\.\.\)` has to be at least 0, got (-|nan)"):
+            make(rate)
+    with pytest.raises(ValueError, match=rf"`{name}\(wire=\.\.\.\)` has to be one of 'one_bit', .*, got 'bits'\."):
+        make(0.1, wire="bits")
+    if name != "signprox":
+        with pytest.raises(ValueError, match=rf"`{name}\(weight_decay=\.\.\.\)` has to be at least 0, got -0\.1\."):
+            make(0.1, weight_decay=-0.1)

@@ -174,8 +174,10 @@ def test_its_state_is_sharded_like_its_parameters(row, devices):
         for leaf in jax.tree.leaves(state):
             if leaf.shape[-3:] == params.shape:
                 assert jax.typeof(leaf).sharding.spec[-3:] == (None, "x", None)
-        if row.workers:
-            return  # JAX has no psum over a vmapped axis of an explicitly sharded array; test_runners.py has a mesh.
+        if (
+            row.workers
+        ):  # JAX has no psum over a vmapped axis of an explicitly sharded array; test_runners.py has a mesh.
+            return
         eager = optimizer.update(params, state, params)[1]
         jitted = jax.jit(optimizer.update)(params, state, params)[1]
         assert types(eager) == types(jitted) == types(state)
@@ -199,8 +201,8 @@ def test_masked_and_partition_leave_its_own_leaves_alone(row):
 
 @pytest.mark.parametrize("wrong", (jnp.complex64, jnp.int32))
 def test_leaves_that_are_not_real_floats_are_refused(row, wrong):
-    if row.workers is None:
-        return  # Without an axis it is optax's own, unchanged.
+    if row.workers is None and wrong == jnp.complex64 and "signprox" not in row.name:
+        pytest.skip("Without an axis it is optax's own, for which a complex number has a sign.")
     params = {"w": jnp.ones(3, wrong)}
     optimizer = row.make()
     with pytest.raises(TypeError, match=jnp.dtype(wrong).name):

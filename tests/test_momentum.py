@@ -1,5 +1,7 @@
 """Left of the border: signs with a threshold, momentum, and what happens to numbers that are not finite."""
 
+import contextlib
+
 import chex
 import hypothesis
 import hypothesis.extra.numpy as hnp
@@ -229,6 +231,42 @@ def test_subnormal_momentum_still_votes_when_it_arrives():
     np.testing.assert_array_equal(updates, [[1, -1]])
 
 
+# ---- finite_only -----------------------------------------------------------------------------------------
+
+
+def test_finite_only_keeps_bad_entries_from_any_transformation_and_counts_steps():
+    tx = signopt.finite_only(optax.trace(0.5))
+    gradients = jnp.array([[4.0, jnp.nan, 1.0], [-jnp.inf, 2.0, 1.0], [1.0, 1.0, 1.0]])
+    updates, state = run(tx, gradients)
+    np.testing.assert_array_equal(updates, [[4, 0, 1], [2, 2, 1.5], [2, 2, 1.75]])
+    assert state.total_notfinite == 2
+    assert isinstance(state, signopt.momentum.FiniteOnlyState)
+
+
+def test_finite_only_leaves_an_entry_that_overflows_as_it_was():
+    tx = signopt.finite_only(optax.trace(1.0))
+    _, state = run(tx, jnp.full((3, 1), 4e4, jnp.float16))
+    np.testing.assert_array_equal(state.inner_state.trace, np.float16([4e4]))  # 8e4 does not fit
+    assert state.total_notfinite == 0
+
+
+@pytest.mark.parametrize("kind", ("Auto", "Explicit"))
+def test_counting_gathers_no_sharded_gradient(kind, devices):
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(getattr(jax.sharding.AxisType, kind),), devices=devices)
+    split = jax.NamedSharding(mesh, jax.P(None, "x"))
+    params = {name: jax.device_put(jnp.ones((16, 8 * n)), split) for n, name in enumerate("abc", start=1)}
+    tx = signopt.finite_only(optax.trace(0.9))
+    with jax.set_mesh(mesh) if kind == "Explicit" else contextlib.nullcontext():
+        state = tx.init(params)
+        program = jax.jit(tx.update).lower(params, state).compile()
+        assert "all-gather" not in program.as_text()
+        bad = params | {"b": jax.device_put(np.where(np.eye(16), np.nan, np.float32(1)), split)}
+        _, state = jax.jit(tx.update)(bad, state)
+        _, state = jax.jit(tx.update)(params, state)
+    assert state.total_notfinite == 1
+    assert state.inner_state.trace["a"].sharding.is_equivalent_to(split, 2)
+
+
 def test_inject_hyperparams_takes_beta_and_warm_up():
     params = jnp.ones(3)
     injected = optax.inject_hyperparams(signopt.scale_by_signum)(beta=0.5, warmup_steps=2)
@@ -245,6 +283,7 @@ def test_inject_hyperparams_takes_beta_and_warm_up():
     [
         ({"beta": 1.5}, r"`scale_by_signum\(beta=...\)` .*\[0, 1\).*got 1\.5"),
         ({"beta": -0.1}, r"`scale_by_signum\(beta=...\)` .*\[0, 1\).*got -0\.1"),
+        ({"beta": jnp.float32(1.5)}, r"`scale_by_signum\(beta=...\)` .*\[0, 1\).*got 1\.5"),
         ({"warmup_steps": -1}, r"`scale_by_signum\(warmup_steps=...\)` .*got -1"),
     ],
 )

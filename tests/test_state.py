@@ -4,6 +4,7 @@ import operator
 
 import chex
 from flax import nnx
+from flax.training import train_state
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
@@ -92,6 +93,59 @@ def test_a_traced_count_is_refused():
         injected.init(PARAMS)
 
 
+def mesh(num_workers=M):
+    kinds = (jax.sharding.AxisType.Auto,)
+    return jax.make_mesh((num_workers,), ("w",), axis_types=kinds, devices=jax.devices()[:num_workers])
+
+
+def on_devices(tx, state, specs, **settings):
+    """A step in a `shard_map` of one's own."""
+    step = lambda g, s: tx.update(jax.tree.map(lambda x: x[0], g), s, PARAMS)
+    mapped = jax.shard_map(step, mesh=mesh(), in_specs=(P("w"), specs), out_specs=(P(), specs), **settings)
+    return jax.jit(mapped)(stacked_gradients(), state)
+
+
+def test_a_state_of_more_workers_is_refused_in_a_shard_map_of_one_s_own():
+    tx = signopt.signum(0.1, axis_name="w", num_workers=M)
+    state = tx.init(PARAMS)
+    specs = partition_specs(state, "w")
+    updates, _ = on_devices(tx, state, specs)
+    assert set(np.unique(updates["w"])) <= {np.float32(-0.1), 0, np.float32(0.1)}
+    with pytest.raises(ValueError, match=rf"state of one worker, got those of 2 at once.*resize\(state, {M}\)"):
+        on_devices(tx, resize(state, 2 * M), specs)
+
+
+CHAINS = {
+    "signum": lambda: signopt.signum(0.1, axis_name="w"),
+    "lion": lambda: signopt.lion(0.1, axis_name="w"),
+    "mh_signsgd": lambda: signopt.mh_signsgd(axis_name="w"),
+    "scale_by_signum": lambda: optax.chain(signopt.scale_by_signum(), signopt.majority_vote("w")),
+    "finite_only": lambda: optax.chain(signopt.finite_only(optax.trace(0.9)), signopt.majority_vote("w")),
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_momentum_that_claims_to_be_shared_is_refused_before_jax_advises_to_look_away(name):
+    tx = CHAINS[name]()
+    state = tx.init(PARAMS)
+    message = rf"`{name}\(\.\.\.\)\.update\(state=\.\.\.\)` has to be given state of each worker's own.*axis 'w' .*num_workers="
+    with pytest.raises(ValueError, match=message):
+        on_devices(tx, state, P())
+    # Types that are not there show nothing: this is the way to lose the momenta of all workers but one.
+    on_devices(tx, state, P(), check_vma=False)
+
+
+def test_momentum_that_is_made_in_the_step_and_marked_as_the_worker_s_own_is_not_refused():
+    tx = signopt.signum(0.1, axis_name="w")
+
+    def step(g):
+        state = jax.tree.map(lambda x: jax.lax.pcast(x, "w", to="varying"), tx.init(PARAMS))
+        return tx.update(jax.tree.map(lambda x: x[0], g), state, PARAMS)[0]
+
+    updates = jax.jit(jax.shard_map(step, mesh=mesh(), in_specs=P("w"), out_specs=P()))(stacked_gradients())
+    chex.assert_trees_all_equal_shapes(updates, PARAMS)
+
+
 # ---- partition_specs -------------------------------------------------------------------------------------
 
 
@@ -148,6 +202,33 @@ def test_a_parameter_that_is_called_worker_is_still_shared(name):
     specs = partition_specs(state, "w")
     assert specs["params"][name] == P()
     chex.assert_trees_all_equal(resize(state, 2), state)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"worker": jnp.ones(M), "per_worker": jnp.ones(M)},
+        {"worker": jnp.int32(1), "per_worker": jnp.ones(M)},
+        {"worker": jnp.arange(M), "per_worker": jnp.ones(3)},
+        {"worker": 1, "per_worker": 2.0},
+        {"worker": {"a": jnp.arange(M)}, "per_worker": None},
+    ],
+    ids=("floats", "scalar", "sizes", "python", "nothing"),
+)
+def test_a_user_s_names_do_not_make_a_state_per_worker(state):
+    specs = partition_specs({"mine": state}, "w")
+    assert set(jax.tree.leaves(specs, is_leaf=lambda s: isinstance(s, P))) == {P()}
+
+
+def test_what_may_or_may_not_be_per_worker_state_is_an_error():
+    state = {"mine": {"worker": jnp.arange(M), "per_worker": {"a": jnp.ones((M, 2))}}}
+    message = (
+        r"`signopt\.workers\.PerWorkerState`, got .* at `state\['mine'\]`.*`PerWorkerState\(\*\*that\)`.*another name"
+    )
+    for function in (lambda s: partition_specs(s, "w"), lambda s: resize(s, 2)):
+        with pytest.raises(ValueError, match=message):
+            function(state)
+        function({"mine": PerWorkerState(**state["mine"])})
 
 
 # ---- resize ----------------------------------------------------------------------------------------------
@@ -211,6 +292,31 @@ def test_training_goes_on_with_another_number_of_workers():
     (_, opt_state), _ = run((PARAMS, resized), stacked_gradients(2))
     assert optax.tree.get(opt_state, "BorderState").count == 4
     chex.assert_trees_all_equal_shapes_and_dtypes(opt_state, resized)
+
+
+def test_a_train_state_goes_on_with_another_number_of_workers():
+    make = lambda num_workers: signopt.signum(0.1, axis_name="w", num_workers=num_workers)
+    state = train_state.TrainState.create(apply_fn=None, params=PARAMS, tx=make(M))
+    step = lambda state, batch: (state.apply_gradients(grads=jax.tree.map(lambda g: g[0], batch)), None)
+    state, _ = signopt.workers.simulate(step, M, axis_name="w")(state, stacked_gradients())
+    resized = resize(state, 2)
+    with pytest.raises(ValueError, match=rf"num_workers=.*'w'.* 2, got {M}\..*resize"):
+        signopt.workers.simulate(step, 2, axis_name="w")(resized, stacked_gradients(2))
+    after, _ = signopt.workers.simulate(step, 2, axis_name="w")(resized.replace(tx=make(2)), stacked_gradients(2))
+    assert after.step == 2
+    assert optax.tree.get(after.opt_state, "ema")["w"].shape == (2, 2, 3)
+
+
+def test_an_optimizer_of_nnx_goes_on_with_another_number_of_workers():
+    make = lambda num_workers: signopt.signum(0.1, axis_name="w", num_workers=num_workers)
+    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, make(M), wrt=nnx.Param)
+    resized = resize(optimizer, 6)
+    resized.tx = make(6)
+    fresh = nnx.Optimizer(model, make(6), wrt=nnx.Param)
+    assert named(jax.tree.map(jnp.shape, nnx.state(resized))) == named(jax.tree.map(jnp.shape, nnx.state(fresh)))
+    np.testing.assert_array_equal(resized.opt_state[0].worker[...], np.arange(6))
+    assert jax.tree.structure(nnx.state(resized)) == jax.tree.structure(nnx.state(fresh))
 
 
 def test_resize_works_on_state_that_nnx_has_flattened():

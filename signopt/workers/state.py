@@ -12,6 +12,8 @@ from jax.sharding import PartitionSpec
 import optax
 
 from signopt import _axis
+from signopt import _boxes
+from signopt import _check
 
 
 class PerWorkerState(NamedTuple):
@@ -36,17 +38,24 @@ def per_worker(
     `signopt.workers.simulate` and `on_mesh` hand it out. By hand: `in_specs=partition_specs(state, axis_name)` under
     `shard_map`, `in_axes=0` for it under `vmap`.
 
+    Flax keeps the names of a parameter's axes in a box around it (`nn.with_partitioning`, `nn.with_logical_partitioning`,
+    nnx's `out_sharding=`), and optax keeps the boxes in its state. Their names get `axis_name` in front, so that Flax's
+    `get_partition_spec` puts each worker's state on its own devices. Where names are logical ones, so is this: with
+    `axis_name="data"`, add `("data", "data")` to the rules. `tx` sees its own state, without that axis and its name.
+
     Args:
       tx: A transformation without communication, such as `scale_by_signum()`.
       num_workers: M, the size of the axis that the vote runs over.
-      axis_name: That axis, if its size shall be checked against `num_workers`.
+      axis_name: That axis. Its size is checked against `num_workers`, and Flax's boxes are told its name; with None
+        neither is, and Flax puts the state of all workers on every device.
 
     Returns:
       A transformation with a `PerWorkerState`.
 
     Raises:
       ValueError: If `num_workers` is not positive; in `update`, if it differs from the size of the axis, if the states
-        of several workers arrive at once, or if the updates were reduced over the workers before.
+        of several workers arrive at once, if the updates were reduced over the workers before, or if they differ along
+        another axis than the state does.
       TypeError: If `num_workers` is no integer, as inside `optax.inject_hyperparams`.
 
     Examples:
@@ -63,36 +72,33 @@ def per_worker(
       [[1.5, 1.5, 1.5], [3.0, 3.0, 3.0]]
     """
     tx = optax.with_extra_args_support(tx)
-    if isinstance(num_workers, bool) or not hasattr(num_workers, "__index__") or isinstance(num_workers, jax.Array):
-        raise TypeError(
-            f"`per_worker(num_workers=...)` has to be a Python integer, got {num_workers!r}. Inside "
-            "`optax.inject_hyperparams`, name it in `static_args`."
-        )
-    if num_workers < 1:
-        raise ValueError(f"`per_worker(num_workers=...)` has to be at least 1, got {num_workers}.")
+    _check.count(num_workers, "per_worker", "num_workers")
 
     def init_fn(params):
         state = tx.init(params)
         stacked = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_workers, *jnp.shape(x))), state)
-        return PerWorkerState(stacked, jnp.arange(num_workers, dtype=jnp.int32))
+        return PerWorkerState(_boxes.add_axis(stacked, axis_name), jnp.arange(num_workers, dtype=jnp.int32))
 
     def update_fn(updates, state, params=None, **extra_args):
         if axis_name is not None:
             require_size(num_workers, axis_name, "per_worker")
         _axis.require_varying(updates, tuple(_axis.varying(state.worker)), "per_worker")
-        if state.worker.ndim == 0:
-            updates, new_state = tx.update(updates, state.per_worker, params, **extra_args)
-            return updates, PerWorkerState(new_state, state.worker)
-        if state.worker.shape != (1,):
+        in_front = jnp.ndim(state.worker) == 1
+        if in_front and state.worker.shape != (1,):
             raise ValueError(
                 "`per_worker(...).update(state=...)` has to be given the state of one worker, got those of "
                 f"{state.worker.shape[0]} at once. Run the step with `signopt.workers.simulate` or `on_mesh`, or split "
                 "the state along the worker axis: `in_specs=signopt.workers.partition_specs(state, axis_name)` under "
-                "`jax.shard_map`, `in_axes=0` under `jax.vmap` and `jax.pmap`."
+                "`jax.shard_map`, `in_axes=0` under `jax.vmap` and `jax.pmap`. If it was made for another number of "
+                f"workers, carry it over first: `signopt.workers.resize(state, {num_workers})`."
             )
-        own = jax.tree.map(lambda x: x[0], state.per_worker)
+        own = jax.tree.map(lambda x: x[0], state.per_worker) if in_front else state.per_worker
+        own = _boxes.remove_axis(own, axis_name, "per_worker")
         updates, new_state = tx.update(updates, own, params, **extra_args)
-        return updates, PerWorkerState(jax.tree.map(lambda x: x[None], new_state), state.worker)
+        _axis.require_own(own, new_state, "per_worker")
+        if in_front:
+            new_state = jax.tree.map(lambda x: x[None], new_state)
+        return updates, PerWorkerState(_boxes.add_axis(new_state, axis_name), state.worker)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -110,18 +116,30 @@ def require_size(num_workers: int, axis_name: _axis.AxisName, caller: str) -> No
 def owners(state: Any) -> Any:
     """Whose each leaf of a state is.
 
+    A `PerWorkerState` is known by its type. `flax.nnx` flattens it to a mapping of its names; there it is known by the
+    type of nnx's own variables of optimizers, so that a mapping of a user's with the same names is not taken for it.
+
     Args:
-      state: Any tree; a `PerWorkerState` in it may also have been flattened to names, as flax.nnx does.
+      state: Any tree; a `PerWorkerState` in it may also have been flattened to names, as `flax.nnx.state` does.
 
     Returns:
       A tree like `state` of strings: "worker" for the number of a worker, "per_worker" for what else is its own, and
       "shared".
+
+    Raises:
+      ValueError: If something else has the names, shapes and dtypes of a `PerWorkerState`: nobody can tell what it is.
     """
     names = PerWorkerState._fields
-    nodes = jax.tree.leaves_with_path(state, is_leaf=lambda x: isinstance(x, PerWorkerState))
+    nodes = jax.tree.leaves_with_path(state, is_leaf=lambda x: isinstance(x, PerWorkerState) or _boxes.is_variable(x))
     places = {path for path, node in nodes if isinstance(node, PerWorkerState)}
-    seen = {(path[:i], _name(key)) for path, _ in nodes for i, key in enumerate(path)}
-    places |= {place for place, _ in seen if all((place, name) in seen for name in names)}
+    named = {}  # the nodes below a name, for both names, in every place that has them
+    for path, node in nodes:
+        for i, key in enumerate(path):
+            if _name(key) in names:
+                named.setdefault(path[:i], {}).setdefault(_name(key), []).append(node)
+    for place, found in named.items():
+        if len(found) == len(names) and _is_flattened(found, place):
+            places.add(place)
 
     def owner(path, _):
         inside = (_name(key) for i, key in enumerate(path) if path[:i] in places and _name(key) in names)
@@ -158,6 +176,13 @@ def resize(state: Any, num_workers: int) -> Any:
     Every new worker starts from the *mean* of the old workers' momentum and residuals, so their mean over workers, which
     is what the iterates of such methods depend on, is kept. Counters go on from their largest value.
 
+    An optimizer knows its `num_workers`, so one for the new number has to take over. A Flax `TrainState` and an
+    `nnx.Optimizer` hold theirs, which has to change along::
+
+      state = resize(state, 6).replace(tx=make_optimizer(num_workers=6))  # flax.training.train_state.TrainState
+      optimizer = resize(optimizer, 6)                                    # flax.nnx.Optimizer
+      optimizer.tx = make_optimizer(num_workers=6)
+
     Args:
       state: The state of an optimizer, or a training state that holds one, of all workers.
       num_workers: The new number of workers.
@@ -167,7 +192,7 @@ def resize(state: Any, num_workers: int) -> Any:
 
     Raises:
       ValueError: If `num_workers` is not positive.
-      TypeError: If a worker's state holds something that has neither a mean nor a largest value, such as a random key.
+      TypeError: If `num_workers` is no integer, or a worker's state holds something that has neither a mean nor a largest value, such as a random key.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -178,8 +203,7 @@ def resize(state: Any, num_workers: int) -> Any:
              [2.],
              [2.]], dtype=float32), worker=Array([0, 1, 2], dtype=int32))
     """
-    if num_workers < 1:
-        raise ValueError(f"`resize(num_workers=...)` has to be at least 1, got {num_workers}.")
+    _check.count(num_workers, "resize", "num_workers")
 
     def leaf(path, owner, x):
         if owner == "shared" or x.shape[0] == num_workers:
@@ -198,6 +222,22 @@ def resize(state: Any, num_workers: int) -> Any:
         return jnp.broadcast_to(one, (num_workers, *one.shape))
 
     return jax.tree.map_with_path(leaf, owners(state), state)
+
+
+def _is_flattened(found, place):
+    """Whether nodes with the names of a `PerWorkerState` are one that nnx has flattened; raise if they may be one."""
+    worker, *others = found["worker"]
+    if any(of.__name__ == "OptState" for of in type(worker).__mro__):
+        return True
+    shapes = [jnp.shape(x) for x in jax.tree.leaves(found["per_worker"]) if hasattr(x, "shape")]
+    is_number = getattr(worker, "dtype", None) == jnp.int32 and jnp.ndim(worker) == 1
+    if is_number and not others and shapes and all(shape[:1] == worker.shape for shape in shapes):
+        raise ValueError(
+            "`state` has to keep what belongs to one worker in a `signopt.workers.PerWorkerState`, got something with its "
+            f"names, shapes and dtypes at `state{jax.tree_util.keystr(place)}`. If it is one, as a checkpoint that was "
+            "restored without a target has it, write `PerWorkerState(**that)`; else give one of the two another name."
+        )
+    return False
 
 
 def _name(key):
