@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+import numpy as np
 import optax
 
 from signopt import _axis
@@ -70,7 +71,8 @@ def cut(update_fn: Callable, caller: str) -> Callable:
         mesh = jax.sharding.get_abstract_mesh()
         specs = _specs(updates, _declared.value, mesh)
         names = {name for spec in jax.tree.leaves(specs) for entry in spec for name in _axis.names(entry)}
-        if not names:
+        # A report is about all coordinates, and each shard would have another: then the border sees whole leaves.
+        if not names or jax.tree.leaves(getattr(state, "report", ())):
             return update_fn(updates, state, params, **extra_args)
         if mesh.empty:  # Explicit types know their mesh
             mesh = next(jax.typeof(x).sharding.mesh for x in jax.tree.leaves(updates))
@@ -80,12 +82,14 @@ def cut(update_fn: Callable, caller: str) -> Callable:
                 f"`on_shards({caller}(...))` has to be a border without memory at the servers, whose rows are cut from whole "
                 'parameters, got one with. Pass `memory="workers"` to it, and no `server`.'
             )
-        given = (updates, state, extra_args)
-        whole = jax.tree.map(lambda _: PartitionSpec(), extra_args)
-        in_specs = (specs, _state_specs(state, updates, specs), whole)
+        extra, treedef = jax.tree.flatten(extra_args)
+        arrays = {i: x for i, x in enumerate(extra) if isinstance(x, jax.Array | np.ndarray)}  # others are functions
+        given = (updates, state, arrays)
+        in_specs = (specs, _state_specs(state, updates, specs), dict.fromkeys(arrays, PartitionSpec()))
 
-        def local(updates, state, extra_args):
-            return update_fn(updates, state, None, **extra_args)
+        def local(updates, state, arrays):
+            here = [arrays.get(i, x) for i, x in enumerate(extra)]
+            return update_fn(updates, state, None, **jax.tree.unflatten(treedef, here))
 
         # Types cannot say that a leaf without shards is still the same on all of them once it has shared a buffer with
         # one that has. So they are left out inside, and taken from the same update as it would be without shards.

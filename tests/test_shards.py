@@ -132,6 +132,14 @@ def test_one_spec_or_a_tree_that_ends_early_is_for_all_leaves_below(devices):
         assert_equal(votes, jax.tree.map(lambda g: np.sign(g.sum(0)), rows))
 
 
+def test_a_report_is_about_all_shards(devices):
+    """A shard by itself would report on its own coordinates, and every shard something else."""
+    tx = signopt.majority_vote("replica", report=True)
+    found = trained(workers.on_shards(tx, SPECS), devices, steps=1)
+    assert_equal(found, trained(tx, devices, steps=1))
+    assert workers.assert_in_sync(found[1])
+
+
 def test_groups_of_a_partition_vote_on_their_shards(devices):
     """What a mask leaves out of a tree is not looked for in the specs."""
     vote = lambda: signopt.signsgd(0.5, axis_name="replica")
