@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+import numpy as np
 import optax
 
 from signopt import _axis
@@ -38,11 +39,6 @@ def read(specs: Any, caller: str) -> Declared:
     return tuple((_names(path), spec) for path, spec in leaves)
 
 
-def axes(declared: Declared) -> set:
-    """The names of all axes in it."""
-    return {name for _, spec in declared for entry in spec for name in _axis.names(entry)}
-
-
 def spec_at(declared: Declared, path: tuple) -> PartitionSpec | None:
     """The spec of a leaf; None if nothing is declared about it."""
     here = _names(path)
@@ -65,30 +61,35 @@ def declare(declared: Declared) -> contextlib.AbstractContextManager:
 
 
 def cut(update_fn: Callable, caller: str) -> Callable:
-    """Run the update of a border on the shards that are declared, if any are.
+    """Run the update of a border on the shards that are declared, or that Explicit types show, if any are.
 
     State that has the structure and the shapes of the updates is cut like them; all other state is whole on every shard.
     """
 
     @functools.wraps(update_fn)
     def on_shards(updates, state, params=None, **extra_args):
-        declared, mesh = _declared.value, jax.sharding.get_abstract_mesh()
-        names = axes(declared)
-        if not names or not mesh.manual_axes:  # under vmap nothing is sharded
+        mesh = jax.sharding.get_abstract_mesh()
+        specs = _specs(updates, _declared.value, mesh)
+        names = {name for spec in jax.tree.leaves(specs) for entry in spec for name in _axis.names(entry)}
+        # A report is about all coordinates, and each shard would have another: then the border sees whole leaves.
+        if not names or jax.tree.leaves(getattr(state, "report", ())):
             return update_fn(updates, state, params, **extra_args)
+        if mesh.empty:  # Explicit types know their mesh
+            mesh = next(jax.typeof(x).sharding.mesh for x in jax.tree.leaves(updates))
         _check_mesh(names, mesh)
         if jax.tree.leaves(optax.tree.get(state, "server", ())):
             raise ValueError(
                 f"`on_shards({caller}(...))` has to be a border without memory at the servers, whose rows are cut from whole "
                 'parameters, got one with. Pass `memory="workers"` to it, and no `server`.'
             )
-        specs = jax.tree.map_with_path(lambda path, _: spec_at(declared, path) or PartitionSpec(), updates)
-        given = (updates, state, extra_args)
-        whole = jax.tree.map(lambda _: PartitionSpec(), extra_args)
-        in_specs = (specs, _state_specs(state, updates, specs), whole)
+        extra, treedef = jax.tree.flatten(extra_args)
+        arrays = {i: x for i, x in enumerate(extra) if isinstance(x, jax.Array | np.ndarray)}  # others are functions
+        given = (updates, state, arrays)
+        in_specs = (specs, _state_specs(state, updates, specs), dict.fromkeys(arrays, PartitionSpec()))
 
-        def local(updates, state, extra_args):
-            return update_fn(updates, state, None, **extra_args)
+        def local(updates, state, arrays):
+            here = [arrays.get(i, x) for i, x in enumerate(extra)]
+            return update_fn(updates, state, None, **jax.tree.unflatten(treedef, here))
 
         # Types cannot say that a leaf without shards is still the same on all of them once it has shared a buffer with
         # one that has. So they are left out inside, and taken from the same update as it would be without shards.
@@ -96,12 +97,19 @@ def cut(update_fn: Callable, caller: str) -> Callable:
             types = jax.eval_shape(lambda: local(_like(updates), *given[1:]))
             out_specs = (specs, _state_specs(types[1], updates, specs))
             mapped = jax.shard_map(
-                local, in_specs=in_specs, out_specs=out_specs, axis_names=names, check_vma=False
-            )  # fmt: skip
+                local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=names, check_vma=False
+            )
             found = mapped(*given)
         return jax.tree.map(lambda x, t: _axis.to_varying(x, tuple(_axis.varying(t))), found, types)
 
     return on_shards
+
+
+def _specs(updates, declared, mesh):
+    """How each leaf is cut: as declared, or as its type says where axes are Explicit."""
+    if declared and mesh.manual_axes:  # under vmap nothing is sharded
+        return jax.tree.map_with_path(lambda path, _: spec_at(declared, path) or PartitionSpec(), updates)
+    return jax.tree.map(lambda x: getattr(getattr(jax.typeof(x), "sharding", None), "spec", PartitionSpec()), updates)
 
 
 def _names(path):

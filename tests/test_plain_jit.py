@@ -289,6 +289,21 @@ def test_state_is_made_where_it_belongs(jitted, axis_type, devices):
     assert_equal(state, expected)
 
 
+def test_types_of_state_are_kept_on_an_explicit_mesh(devices):
+    """As optax's `sharding_test.py` demands of its own optimizers."""
+    mesh = mesh_of(devices, "and shards", AxisType.Explicit)
+    tx = workers.in_jit(chain("and shards", "two_bit"), mesh, axis_name="d", specs=SPECS)
+    types = lambda tree: jax.tree.map(jax.typeof, tree)
+    with jax.set_mesh(mesh):
+        params = params_on(mesh, "and shards")
+        grads = put(mesh, gradients(4), SPECS, "d")
+        state = tx.init(params)
+        updates, new_state = tx.update(grads, state, params)
+        assert types(jax.jit(tx.init)(params)) == types(state) == types(new_state)
+        assert types(jax.jit(tx.update)(grads, state, params)) == types((updates, new_state))
+        assert types(updates) == types(params)
+
+
 def test_parameters_from_the_host_will_do(devices):
     tx = chain("workers", "two_bit")
     run = workers.in_jit(tx, mesh_of(devices), axis_name="d")

@@ -116,6 +116,37 @@ def test_momentum_left_of_a_vote_on_shards_keeps_its_shards(devices):
     assert momentum["v"].addressable_shards[0].data.shape == (1, 5, 16 // SHARDS)
 
 
+def test_a_ready_optimizer_votes_on_its_shards(devices):
+    plain = signopt.signum(0.5, 0.5, axis_name="replica", num_workers=REPLICAS, weight_decay=0.5)
+    assert_equal(trained(workers.on_shards(plain, SPECS), devices), trained(plain, devices))
+
+
+def test_one_spec_or_a_tree_that_ends_early_is_for_all_leaves_below(devices):
+    tx = signopt.majority_vote("replica")
+    state = lambda: {"layer": {"w": jnp.zeros((8, 2)), "v": jnp.zeros((4, 3))}, "b": jnp.zeros(5)}
+    rows = jax.tree.map(lambda x: np.random.default_rng(0).integers(-1, 2, (REPLICAS, *x.shape)) * 1.0, state())
+    rows = jax.tree.map(np.float32, rows)
+    for specs in ({"layer": P("shard"), "b": P()}, {"layer": {"w": P("shard"), "v": P(None)}, "b": P()}):
+        run = workers.on_mesh(descend(workers.on_shards(tx, specs)), grid(devices), axis_name="replica")
+        (votes, _), _ = run((state(), tx.init(None)), rows)
+        assert_equal(votes, jax.tree.map(lambda g: np.sign(g.sum(0)), rows))
+
+
+def test_a_report_is_about_all_shards(devices):
+    """A shard by itself would report on its own coordinates, and every shard something else."""
+    tx = signopt.majority_vote("replica", report=True)
+    found = trained(workers.on_shards(tx, SPECS), devices, steps=1)
+    assert_equal(found, trained(tx, devices, steps=1))
+    assert workers.assert_in_sync(found[1])
+
+
+def test_groups_of_a_partition_vote_on_their_shards(devices):
+    """What a mask leaves out of a tree is not looked for in the specs."""
+    vote = lambda: signopt.signsgd(0.5, axis_name="replica")
+    tx = optax.partition({"one": vote(), "other": vote()}, {"w": "one", "v": "other", "b": "one"})
+    assert_equal(trained(workers.on_shards(tx, SPECS), devices), trained(tx, devices))
+
+
 def test_an_absent_replica_does_not_vote_on_its_shards(devices):
     tx = workers.on_shards(signopt.majority_vote("replica"), SPECS)
 
@@ -243,6 +274,15 @@ def test_a_gradient_that_was_reduced_before_is_refused(devices):
         workers.on_mesh(step, mesh, axis_name="replica")((zeros(), tx.init(zeros())), gradients())
 
 
+def test_every_leaf_has_to_have_a_spec(devices):
+    tx = workers.on_shards(signopt.majority_vote("replica"), {"w": P("shard"), "b": P()})
+    with pytest.raises(
+        ValueError,
+        match=r"`on_shards\(specs=...\)` has to hold a spec for every leaf .*, got none for `updates\['v'\]`",
+    ):
+        trained(tx, devices)
+
+
 def test_specs_have_to_be_specs():
     with pytest.raises(TypeError, match=r"`on_shards\(specs=...\)` has to be .*PartitionSpec.*, got None"):
         workers.on_shards(signopt.majority_vote("replica"), {"w": None})
@@ -263,3 +303,39 @@ def test_axes_of_shards_have_to_be_left_to_the_compiler(devices):
         ValueError, match=r"left to the compiler, got 'shard', which a `jax.shard_map` already runs over"
     ):
         run((jnp.zeros(8), tx.init(jnp.zeros(8))), jnp.zeros((8, 8)))
+
+
+# ---- optax's own promises on Explicit meshes -----------------------------------------------------------------
+
+ROWS = {
+    "majority_vote": signopt.majority_vote(None),
+    "majority_vote, one_bit": signopt.majority_vote(None, wire="one_bit"),
+    "mean": signopt.mean(None),
+    "signsgd": signopt.signsgd(0.5),
+    "signsgd, one_bit": signopt.signsgd(0.5, wire="one_bit"),
+    "signum": signopt.signum(0.5),
+    "lion": signopt.lion(0.5),
+}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_types_of_state_are_kept_on_an_explicit_mesh(row, devices):
+    """After optax's `sharding_test.py`: `init` and `update`, jitted or not, agree on how all state is split."""
+    tx = ROWS[row]
+    mesh = jax.make_mesh((8,), ("x",), devices=devices)
+    types = lambda tree: jax.tree.map(jax.typeof, tree)
+    with jax.set_mesh(mesh):
+        params = jnp.ones((2, 8, 4), out_sharding=jax.NamedSharding(mesh, P(None, "x")))
+        state = tx.init(params)
+        updates, new_state = tx.update(params, state, params)
+        assert types(jax.jit(tx.init)(params)) == types(state)
+        assert types(new_state) == types(state)
+        assert types(jax.jit(tx.update)(params, state, params)) == types((updates, new_state))
+        assert types(updates) == types(params)
+    plain, _ = tx.update(jnp.ones((2, 8, 4)), tx.init(jnp.ones((2, 8, 4))), jnp.ones((2, 8, 4)))
+    np.testing.assert_array_equal(updates, plain)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_state_is_made_from_shapes_alone(row):
+    assert ROWS[row].init(jax.ShapeDtypeStruct((2, 4, 8), jnp.float32)) is not None
