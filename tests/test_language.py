@@ -11,9 +11,9 @@ from optax.contrib import MuonDimensionNumbers
 import pytest
 import rich.console
 
-from experiments import language
-from experiments import records
-from experiments import text
+from experiments.common import records
+from experiments.common import text
+from experiments.training import language
 import signopt
 
 SMALL = text.Shape(layers=1, width=16, context=8, workers=2, batch_size=2, steps=16, evaluations=2, windows=16)

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers
 
-from experiments import runners
+from experiments.common import runners
 import signopt
 
 AXIS = runners.AXIS

@@ -2,7 +2,7 @@
 
 Figure: the loss on held-out text of the Python standard library's source, four workers, for SGD, AdamW and Muon on means in
 float32, and Signum, Lion, MH-signSGD and SignMuon by vote; against steps, against the bytes that a worker sends, and against
-time on three networks by the model of `experiments/cost.py`. Muon for signs: 2605.16311.
+time on three networks by the model of the experiment `cost`. Muon for signs: 2605.16311.
 
     python -m experiments language
     python -m experiments language --tune --methods sign_muon,muon
@@ -19,16 +19,17 @@ import statistics
 from typing import NamedTuple
 
 import jax
-from matplotlib.figure import Figure
 import numpy as np
 import optax
 import rich.table
 
-from experiments import exchanges
-from experiments import text as texts
-from experiments.flags import flag
-from experiments.records import Record
+from experiments.common import plots
+from experiments.common import progress
+from experiments.common import text as texts
+from experiments.common.flags import flag
+from experiments.common.records import Record
 import signopt
+from signopt._tools import exchanges
 
 AXIS = texts.AXIS
 GIGABITS = (0.1, 1.0, 10.0)
@@ -137,7 +138,7 @@ def run(config: Config) -> Iterator[Record]:
         "bytes_of_text": [len(part) for part in found],
         "crc": found.crc(),
     }
-    for name in config.methods:
+    for name in progress.track(config.methods, "methods"):
         method = METHODS[name]
 
         def make(schedule, method=method):
@@ -233,28 +234,37 @@ def seconds_per_step(config: Record, parameters: int, name: str, gigabits: float
 
 
 def plot(records: list[Record], folder: str) -> list[pathlib.Path]:
-    """Draw the losses against steps, megabytes, and seconds on three networks; bands from the least to the largest seed.
+    """Draw the losses against steps, megabytes, and seconds on three networks.
 
     Returns:
       The figures' files.
     """
     config, parameters = records[0]["config"], records[1]["parameters"]
     steps = config["steps"] / config["evaluations"] * (1 + np.arange(config["evaluations"]))
-    figure = Figure(figsize=(22, 4.5), layout="constrained")
-    panels = figure.subplots(1, 2 + len(GIGABITS), sharey=True)
+    text = pathlib.Path(config["text"]).name or "source of the standard library"
+    title = f"{text}, {config['workers']} workers, {config['seeds']} seeds"
+    figure, panels = plots.panels(2 + len(GIGABITS), title=title)
     for name in config["methods"]:
         found = min(losses(records, name).values(), key=lambda x: x[:, -1].mean())
         sent = next(r["bytes_per_step"] for r in records[1:] if r["kind"] == "run" and r["method"] == name)
         units = [1.0, 1e-6 * sent, *(seconds_per_step(config, parameters, name, speed) for speed in GIGABITS)]
         for axes, unit in zip(panels, units, strict=True):
-            (line,) = axes.plot(unit * steps, found.mean(0), marker=".", label=name)
-            axes.fill_between(unit * steps, found.min(0), found.max(0), color=line.get_color(), alpha=0.2)
+            plots.band(axes, unit * steps, found.T, label=name, marker=".")
     labels = ["steps", "MB that a worker sends", *(f"seconds at {speed:g} Gbit/s" for speed in GIGABITS)]
     for axes, label in zip(panels, labels, strict=True):
-        axes.set(xlabel=label, xscale="linear" if label == "steps" else "log")
-        axes.grid(alpha=0.3)
-    panels[0].set(ylabel="loss on held-out text, nats per byte")
+        axes.set(xlabel=label, ylabel="held-out loss, nats per byte", xscale="linear" if label == "steps" else "log")
     panels[0].legend()
-    path = pathlib.Path(folder) / "language.png"
-    figure.savefig(path, dpi=150)
-    return [path]
+    return plots.save(figure, folder, "language")
+
+
+def summary(records: list[Record]) -> list[list[str]]:
+    """The loss at the end, and what a worker sends."""
+    rows = [["method", "learning rate", "held-out loss, nats per byte", "bits per parameter and step"]]
+    for name in records[0]["config"]["methods"]:
+        for rate, found in losses(records, name).items():
+            sent = next(r["bytes_per_step"] for r in records[1:] if r["kind"] == "run" and r["method"] == name)
+            ends = found[:, -1]
+            spread = f" ± {ends.std(ddof=1):.3f}" if len(ends) > 1 else ""
+            bits = 8 * sent / records[1]["parameters"]
+            rows.append([name, "none" if rate is None else f"{rate:g}", f"{ends.mean():.3f}{spread}", f"{bits:.2f}"])
+    return rows
