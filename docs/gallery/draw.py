@@ -38,7 +38,7 @@ STYLE = {
     "grid.color": INK,
     "legend.framealpha": 0.0,
     "savefig.transparent": True,
-    "svg.fonttype": "none",  # text stays text: smaller, and found by a search
+    "svg.fonttype": "path",  # the same everywhere, formulas too
     "svg.hashsalt": "signopt",
 }
 
