@@ -98,6 +98,7 @@ html_theme_options = {
     "use_download_button": False,
     "show_toc_level": 2,
     "navigation_with_keys": False,
+    "footer_content_items": ["copyright.html"],
     "navbar_persistent": [],  # the search is in the sidebar
 }
 copybutton_prompt_text = r">>> |\.\.\. |\$ "

@@ -108,6 +108,25 @@ def resolve(app: Sphinx, env, node, content):
     return content if target.startswith(f"{reference.PACKAGE}.") and is_a_file(target) else None
 
 
+def lead_back(app: Sphinx, pagename: str, template: str, context: dict, doctree) -> None:
+    """From a page of source to the reference: Sphinx takes all of a file to be exported by one and the same module."""
+    del template, doctree
+    if not pagename.startswith("_modules/") or "body" not in context:
+        return
+    home = pagename.removeprefix("_modules/").replace("/", ".")
+
+    def turn(found):
+        parts = found[2].split(".")
+        for number, part in enumerate(parts):
+            public = app.config.public_paths.get(f"{home}.{part}")
+            if public:
+                page = app.builder.get_relative_uri(pagename, f"{reference.FOLDER}/{public.rpartition('.')[0]}")
+                return f'{found[1]}"{page}#{".".join([public, *parts[number + 1 :]])}"'
+        return found[0]
+
+    context["body"] = re.sub(r'(class="viewcode-back" href=)"[^"#]*#([^"]+)"', turn, context["body"])
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     app.add_config_value("public_paths", {}, "env", types=frozenset({dict}))
     app.connect("config-inited", lambda app, config: setattr(config, "public_paths", reference.public_paths()))
@@ -115,4 +134,5 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_transform(LinkNames)
     app.add_transform(KeepBars)
     app.connect("missing-reference", resolve)
+    app.connect("html-page-context", lead_back)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

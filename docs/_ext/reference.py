@@ -116,8 +116,8 @@ def page(name: str) -> str:
 def index() -> str:
     lines = []
     for name in modules():
-        title, _ = about(name)
-        lines.append(f"| [`{name}`]({name}.rst) | {title} |")
+        first = inspect.cleandoc(importlib.import_module(name).__doc__ or "").partition("\n")[0]
+        lines.append(f"| [`{name}`]({name}.rst) | {first} |")
     toc = "\n".join(modules())
     return textwrap.dedent("""\
         # Reference

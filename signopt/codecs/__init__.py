@@ -8,7 +8,7 @@ codec               bits per entry        error: :math:`E\|C(x) - x\|^2 / \|x\|^
 `qsgd`              2 to 16               at most min(n / s², √n / s) per block        right on average
 `terngrad`          2                     ‖x‖∞ ‖x‖₁ / ‖x‖² - 1                         right on average
 `ternary`           2                     1 - k s² / ‖x‖²: .19 for normal numbers      too small
-`scaled_sign`       1                     1 - ‖x‖₁² / (n ‖x‖²): .36 for normal numbers too small
+`scaled_sign`       1                     1 - ‖x‖₁² / (n ‖x‖²): .36 if normal          too small
 `stochastic_sign`   1                     n ‖x‖∞² / ‖x‖² - 1                           right on average
 `sign`              1                     none                                         without its size
 `top_k`             share (32 + log₂ n)   at most 1 - share                            too small
