@@ -1,10 +1,13 @@
-"""1-bit data-parallel training for JAX: sign-based optimizers and the vote that carries them.
+"""signopt: JAX training over slow links.
 
-::
+Optax transformations whose workers agree by one bit per parameter or less. A chain has one border, and only there anything
+travels::
 
-   on every worker, different                  | the only traffic |   on every worker, the same
-   gradient > momentum > (+ residual) > sign --+-- majority vote -+--> weight decay > -learning rate > prox > parameters
-              per-worker state                 |  1 bit / param   |    shared state
+   on every worker, different        |               the border                |   on every worker, the same
+   gradient > momentum > ... --------+--> encode --> decide --> decode --------+--> weight decay > -learning rate > ...
+   per-worker state                  |  memory: what was not sent is not lost  |    shared state
+
+`signopt.border` says how borders work, and which there are.
 """
 
 from signopt import adversary as adversary
@@ -40,3 +43,47 @@ from signopt.step_size import measured_smoothness as measured_smoothness
 from signopt.vote import majority_vote as majority_vote
 
 __version__ = "0.1.0"
+__all__ = [
+    # left of the border
+    "finite_only",
+    "scale_by_prox_gradient",
+    "scale_by_sign",
+    "scale_by_signum",
+    # the border
+    "adaptive_majority_vote",
+    "low_rank_mean",
+    "majority_vote",
+    "mean",
+    "measured_smoothness",
+    "robust_mean",
+    # how often
+    "local_params",
+    "local_steps",
+    # right of the border
+    "prox_step",
+    # ready optimizers
+    "ef_signsgd",
+    "ef_signum",
+    "lion",
+    "mh_signsgd",
+    "onebit_adam",
+    "sign_muon",
+    "signprox",
+    "signsgd",
+    "signum",
+    # modules
+    "adversary",
+    "border",
+    "codecs",
+    "diagnostics",
+    "precision",
+    "prox",
+    "theory",
+    "wire",
+    "workers",
+]
+
+
+def __dir__() -> list[str]:
+    """The API, and nothing else."""
+    return sorted([*__all__, "__all__", "__doc__", "__name__", "__path__", "__spec__", "__version__"])

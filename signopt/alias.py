@@ -1,19 +1,18 @@
 """Ready optimizers: each body is one `optax.chain`, with a border in it where there are several workers."""
 
-from typing import Any, get_args
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from signopt import _axis
 from signopt import _check
-from signopt import sign
+from signopt._links import left
+from signopt._links import own
+from signopt._links import right
+from signopt._links import warning
 from signopt.momentum import average_of
-from signopt.momentum import count_notfinite
-from signopt.momentum import keep_finite
 from signopt.momentum import signs_of
-from signopt.precision import warn_if_narrow
 from signopt.prox.penalty import Operator
 from signopt.prox.penalty import Prox
 from signopt.prox.penalty import as_prox
@@ -22,8 +21,6 @@ from signopt.step_size import Estimator
 from signopt.step_size import Smoothness
 from signopt.step_size import at_found_rate
 from signopt.vote import Wire
-from signopt.vote import majority_vote
-from signopt.workers import state
 
 
 def signsgd(
@@ -32,6 +29,8 @@ def signsgd(
     axis_name: _axis.AxisName = None,
     num_workers: int | None = None,
     wire: Wire = "two_bit",
+    delay: int = 0,
+    report: bool = False,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -46,6 +45,8 @@ def signsgd(
         decay, where NaN and inf do not move a parameter.
       num_workers: Size of the axis. If given, each worker counts the steps in which its gradient was not finite.
       wire: What travels, as in `majority_vote`.
+      delay: 1 to step by the vote of the step before, as in `majority_vote`.
+      report: Whether the state keeps `VoteStatistics` of the last vote, as in `majority_vote`.
       weight_decay: :math:`\lambda`, decoupled: it acts after the vote.
       mask: Which leaves decay, as in `optax.add_decayed_weights`.
 
@@ -65,10 +66,20 @@ def signsgd(
       Algorithms 1 and 3 of Bernstein et al., `signSGD <https://arxiv.org/abs/1802.04434>`_, 2018.
     """
     nothing = optax.identity()
-    counted = nothing if num_workers is None else _left("signsgd", nothing, axis_name, num_workers)
+    counted = nothing if num_workers is None else left("signsgd", nothing, axis_name, num_workers)
     return optax.chain(
         *(() if axis_name is None else (counted,)),
-        *_right("signsgd", learning_rate, axis_name, weight_decay, mask, wire=wire),
+        *right(
+            "signsgd",
+            learning_rate,
+            axis_name,
+            weight_decay,
+            mask,
+            wire=wire,
+            delay=delay,
+            report=report,
+            num_workers=num_workers,
+        ),
     )
 
 
@@ -81,6 +92,8 @@ def signum(
     axis_name: _axis.AxisName = None,
     num_workers: int | None = None,
     wire: Wire = "two_bit",
+    delay: int = 0,
+    report: bool = False,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -100,6 +113,8 @@ def signum(
       num_workers: Size of the axis. If given, the momentum is kept in a `PerWorkerState`, as `simulate`, `on_mesh`,
         checkpoints and `shard_map` want it; a `jax.pmap` over replicated state needs none.
       wire: What travels, as in `majority_vote`.
+      delay: 1 to step by the vote of the step before, as in `majority_vote`.
+      report: Whether the state keeps `VoteStatistics` of the last vote, as in `majority_vote`.
       weight_decay: :math:`\lambda`, decoupled: it acts after the vote.
       mask: Which leaves decay, as in `optax.add_decayed_weights`.
 
@@ -123,8 +138,18 @@ def signum(
     _check.decay(beta, "signum", "beta")
     momentum = average_of(beta, nesterov=nesterov, accumulator_dtype=accumulator_dtype)
     return optax.chain(
-        _left("signum", momentum if axis_name is None else signs_of(momentum), axis_name, num_workers),
-        *_right("signum", learning_rate, axis_name, weight_decay, mask, wire=wire),
+        left("signum", momentum if axis_name is None else signs_of(momentum), axis_name, num_workers),
+        *right(
+            "signum",
+            learning_rate,
+            axis_name,
+            weight_decay,
+            mask,
+            wire=wire,
+            delay=delay,
+            report=report,
+            num_workers=num_workers,
+        ),
     )
 
 
@@ -139,6 +164,8 @@ def lion(
     axis_name: _axis.AxisName = None,
     num_workers: int | None = None,
     wire: Wire = "two_bit",
+    delay: int = 0,
+    report: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Lion, as Distributed Lion by majority vote if there are several workers.
 
@@ -159,6 +186,8 @@ def lion(
         momentum that NaN and inf do not reach.
       num_workers: Size of the axis, as in `signum`.
       wire: What travels, as in `majority_vote`.
+      delay: 1 to step by the vote of the step before, as in `majority_vote`.
+      report: Whether the state keeps `VoteStatistics` of the last vote, as in `majority_vote`.
 
     Returns:
       An optimizer. `update` takes `present=` where it votes.
@@ -181,8 +210,18 @@ def lion(
     for name, beta in (("b1", b1), ("b2", b2)):
         _check.share(beta, "lion", name)
     return optax.chain(
-        _left("lion", optax.scale_by_lion(b1, b2, mu_dtype), axis_name, num_workers),
-        *_right("lion", learning_rate, axis_name, weight_decay, mask, wire=wire),
+        left("lion", optax.scale_by_lion(b1, b2, mu_dtype), axis_name, num_workers),
+        *right(
+            "lion",
+            learning_rate,
+            axis_name,
+            weight_decay,
+            mask,
+            wire=wire,
+            delay=delay,
+            report=report,
+            num_workers=num_workers,
+        ),
     )
 
 
@@ -195,6 +234,8 @@ def signprox(
     axis_name: _axis.AxisName = None,
     num_workers: int | None = None,
     wire: Wire = "two_bit",
+    delay: int = 0,
+    report: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""SignProx: minimize loss plus penalty by signs, by majority vote if there are several workers.
 
@@ -221,6 +262,8 @@ def signprox(
       axis_name: The workers, as in `majority_vote`. None is one worker and no communication.
       num_workers: Size of the axis. If given, what lies left of the vote is kept in a `PerWorkerState`.
       wire: What travels, as in `majority_vote`.
+      delay: 1 to step by the vote of the step before, as in `majority_vote`.
+      report: Whether the state keeps `VoteStatistics` of the last vote, as in `majority_vote`.
 
     Returns:
       An optimizer that needs `params` in `update`. `update` takes `present=` where it votes.
@@ -259,8 +302,18 @@ def signprox(
         momentum = optax.ema(beta, debias=True)
         mapping = optax.chain((keep_finite if axis_name is None else count_notfinite)(momentum, "signprox"), mapping)
     return optax.chain(
-        _own("signprox", mapping, axis_name, num_workers),
-        *_right("signprox", learning_rate, axis_name, None, None, wire=wire),
+        own("signprox", mapping, axis_name, num_workers),
+        *right(
+            "signprox",
+            learning_rate,
+            axis_name,
+            None,
+            None,
+            wire=wire,
+            delay=delay,
+            report=report,
+            num_workers=num_workers,
+        ),
     )
 
 
@@ -330,79 +383,7 @@ def mh_signsgd(
     decay = None if _check.is_zero(weight_decay) else optax.add_decayed_weights(weight_decay, mask)
     vote_at_a_rate = at_found_rate("mh_signsgd", axis_name, smoothness, estimator, wire, decay, report)
     return optax.chain(
-        _left("mh_signsgd", optax.ema(beta, accumulator_dtype=accumulator_dtype), axis_name, num_workers),
+        left("mh_signsgd", optax.ema(beta, accumulator_dtype=accumulator_dtype), axis_name, num_workers),
         vote_at_a_rate,
-        _warning(optax.scale(-1.0), "mh_signsgd"),
+        warning(optax.scale(-1.0), "mh_signsgd"),
     )
-
-
-def _left(caller, tx, axis_name, num_workers):
-    """What lies left of the vote, with a state that only finite values reach, and that counts the others if it votes."""
-    finite = keep_finite(tx, caller, complex_too=True) if axis_name is None else count_notfinite(tx, caller)
-    return _own(caller, finite, axis_name, num_workers)
-
-
-def _own(caller, tx, axis_name, num_workers):
-    """`tx` on every worker, with a state of its own if their number is known."""
-    if num_workers is None:
-        return tx
-    if axis_name is None:
-        raise ValueError(
-            f"`{caller}(num_workers=...)` has to come with an axis to vote over, got num_workers={num_workers} and "
-            "axis_name=None. Pass `axis_name=...`, or leave out `num_workers` for one worker."
-        )
-    return state.per_worker(tx, num_workers, axis_name=axis_name)
-
-
-def _right(caller, learning_rate, axis_name, weight_decay, mask, **vote):
-    """The links from the vote on: the vote (its settings are `vote`), weight decay unless it is None, and the step."""
-    _check.learning_rate(learning_rate, caller)
-    _check.choice(vote["wire"], get_args(Wire), caller, "wire")
-    step = _warning(optax.scale_by_learning_rate(learning_rate), caller)
-    border = _own_sign(caller) if axis_name is None else majority_vote(axis_name, **vote)
-    if weight_decay is None:
-        return border, step
-    _check.learning_rate(weight_decay, caller, "weight_decay")
-    if axis_name is None:  # one link, as optax has it
-        return _decayed(border, weight_decay, mask), step
-    return border, _decayed(optax.identity(), weight_decay, mask), step
-
-
-def _own_sign(caller):
-    """The vote of one worker, without a state: `optax.scale_by_sign` that takes `present=`, by our rules for signs."""
-
-    def own_sign(x, present):
-        s = jnp.sign(x) if jnp.iscomplexobj(x) else sign.sign(x)
-        return s if present is None else jnp.where(present, s, jnp.zeros_like(s))
-
-    def update_fn(updates, state, params=None, *, present=None, **extra_args):
-        del params, extra_args
-        sign.require_floating(updates, caller, complex_too=True)
-        return jax.tree.map(lambda x: own_sign(x, present), updates), state
-
-    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update_fn)
-
-
-def _warning(tx, caller):
-    """`tx`, which says at init where steps of a sign round to nothing."""
-
-    def init_fn(params):
-        warn_if_narrow(params, caller)
-        return tx.init(params)
-
-    return optax.GradientTransformation(init_fn, tx.update)
-
-
-def _decayed(tx, weight_decay, mask):
-    """`tx`, which keeps no state, and `optax.add_decayed_weights` as one link.
-
-    So the state is that of optax's own sign optimizers whatever the weight decay, and only a Python 0 needs no params.
-    """
-    tx = optax.with_extra_args_support(tx)
-    decay = optax.add_decayed_weights(weight_decay, mask)
-
-    def update_fn(updates, state, params=None, **extra_args):
-        updates, _ = tx.update(updates, optax.EmptyState(), params, **extra_args)
-        return (updates, state) if _check.is_zero(weight_decay) else decay.update(updates, state, params)
-
-    return optax.GradientTransformationExtraArgs(decay.init, update_fn)

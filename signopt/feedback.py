@@ -16,10 +16,11 @@ from signopt import _check
 from signopt import _float
 from signopt import border as borders
 from signopt import codecs
+from signopt._links import tail
+from signopt._links import warning
 from signopt.means import mean
 from signopt.means import plain
 from signopt.momentum import scale_by_signum
-from signopt.precision import warn_if_narrow
 
 _BLOCK = 256  # entries that share a scale
 
@@ -119,7 +120,6 @@ def ef_signum(
       Algorithm 2 of Bernstein et al., `signSGD <https://arxiv.org/abs/1802.04434>`_, 2018, at the servers of Zheng et al.,
       `dist-EF-SGD <https://arxiv.org/abs/1905.10936>`_, 2019.
     """
-    _check.learning_rate(learning_rate, "ef_signum")
     _check.decay(beta, "ef_signum", "beta")
     border = mean(
         axis_name,
@@ -128,7 +128,7 @@ def ef_signum(
         downlink=codecs.sign(),
         num_workers=num_workers,
     )
-    return optax.chain(border, *_tail(learning_rate, weight_decay, mask, "ef_signum"))
+    return optax.chain(border, *tail("ef_signum", learning_rate, weight_decay, mask))
 
 
 class ScaleByOnebitAdamState(NamedTuple):
@@ -206,9 +206,8 @@ def onebit_adam(
       warm-up its section 7.1. Its warm-up is set by hand as a rule; here the rule decides, inside of jit. 0/1 Adam adds
       rounds that are left out: `local_steps` around an inner Adam.
     """
-    _check.learning_rate(learning_rate, "onebit_adam")
     adam = _scale_by_onebit_adam(b1, b2, eps, axis_name, num_workers, settled, look_every, block)
-    return optax.chain(adam, *_tail(learning_rate, weight_decay, mask, "onebit_adam"))
+    return optax.chain(adam, *tail("onebit_adam", learning_rate, weight_decay, mask))
 
 
 def _scale_by_onebit_adam(b1, b2, eps, axis_name, num_workers, settled, look_every, block):
@@ -269,26 +268,12 @@ def _scale_by_onebit_adam(b1, b2, eps, axis_name, num_workers, settled, look_eve
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _tail(learning_rate, weight_decay, mask, caller):
-    """Weight decay and the learning rate, right of the border."""
-    decay = () if _check.is_zero(weight_decay) else (optax.add_decayed_weights(weight_decay, mask),)
-    return (*decay, _warns(optax.scale_by_learning_rate(learning_rate), caller))
-
-
 def _decay_at(learning_rate, weight_decay, mask, caller):
     """Weight decay where the learning rate has been applied already."""
     if _check.is_zero(weight_decay):
-        return _warns(optax.identity(), caller)
+        return warning(optax.identity(), caller)
     if callable(learning_rate):
         shrink = optax.add_decayed_weights(lambda step: -learning_rate(step) * weight_decay, mask)
     else:
         shrink = optax.add_decayed_weights(-learning_rate * weight_decay, mask)
-    return _warns(shrink, caller)
-
-
-def _warns(tx, caller):
-    def init_fn(params):
-        warn_if_narrow(params, caller)
-        return tx.init(params)
-
-    return optax.GradientTransformationExtraArgs(init_fn, optax.with_extra_args_support(tx).update)
+    return warning(shrink, caller)

@@ -18,8 +18,8 @@ from signopt import _axis
 from signopt import _check
 from signopt import _float
 from signopt import sign
-from signopt.alias import _left
-from signopt.alias import _right
+from signopt._links import left
+from signopt._links import right
 from signopt.vote import Wire
 
 NS_COEFFS = (3.4445, -4.7750, 2.0315)
@@ -32,6 +32,8 @@ def sign_muon(
     axis_name: _axis.AxisName = None,
     num_workers: int | None = None,
     wire: Wire = "two_bit",
+    delay: int = 0,
+    report: bool = False,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Any = None,
     nesterov: bool = True,
@@ -64,6 +66,8 @@ def sign_muon(
         finite stays in the momentum, as in `optax.signum`; with an axis none gets in.
       num_workers: Size of the axis, as in `signum`.
       wire: What travels, as in `majority_vote`.
+      delay: 1 to step by the vote of the step before, as in `majority_vote`.
+      report: Whether the state keeps `VoteStatistics` of the last vote, as in `majority_vote`.
       weight_decay: :math:`\lambda`, decoupled: it acts after the vote.
       mask: Which leaves decay, as in `optax.add_decayed_weights`.
       nesterov: Vote with :math:`n` as above; if not, with :math:`m`.
@@ -118,8 +122,18 @@ def sign_muon(
 
     momentum = optax.GradientTransformation(ema.init, update_fn)
     return optax.chain(
-        _left(caller, momentum, axis_name, num_workers),
-        *_right(caller, learning_rate, axis_name, weight_decay, mask, wire=wire),
+        left(caller, momentum, axis_name, num_workers),
+        *right(
+            caller,
+            learning_rate,
+            axis_name,
+            weight_decay,
+            mask,
+            wire=wire,
+            delay=delay,
+            report=report,
+            num_workers=num_workers,
+        ),
     )
 
 
