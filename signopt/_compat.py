@@ -33,7 +33,7 @@ def varying(x: Any) -> frozenset:
 
 def says_that_workers_differ(error: ValueError) -> bool:
     """Whether `jax.vmap` refused to return a value once for all workers because they have different ones."""
-    return "out_axes is None" in str(error)
+    return "out_axes is None" in str(error) or "axis spec None" in str(error)
 
 
 def bound_names() -> list[Hashable]:

@@ -18,8 +18,8 @@ from signopt import _axis
 from signopt import _compat
 from signopt.workers import _layout
 from signopt.workers import check
+from signopt.workers._shared import settled
 from signopt.workers.gradient import check_batch
-from signopt.workers.shared import settled
 from signopt.workers.state import owners
 from signopt.workers.state import partition_specs
 
