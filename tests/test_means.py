@@ -179,6 +179,35 @@ def test_a_report_has_the_norms():
     assert float(state.report.norm) > 0
 
 
+@pytest.mark.parametrize("new", (1, 3, 6, 11))
+def test_resize_keeps_the_mean_residual_and_every_servers_value(new):
+    codec = codecs.top_k(0.25)
+    make = lambda m: signopt.mean(AXIS, uplink=codec, server=optax.trace(0.5), downlink=codec, num_workers=m)
+    _, state = simulated(make(M))(gradients(0), make(M).init(params()), jnp.ones(M, bool))
+    other = workers.resize(state, new)
+    assert jax.tree.map(jnp.shape, other) == jax.tree.map(jnp.shape, make(new).init(params()))
+    old, found = memory_of(state), memory_of(other)
+    np.testing.assert_allclose(flat(found.worker, 1).mean(0), flat(old.worker, 1).mean(0), atol=1e-6)
+    entries = flat(params()).size
+    assert np.array_equal(server_residual(other, entries), server_residual(state, entries))
+    trace = lambda memory: np.asarray(memory.server.state.trace).reshape(-1)[:entries]
+    assert np.array_equal(trace(found), trace(old)) and np.abs(trace(old)).max() > 0
+    own = jax.tree.map(lambda x: x[:new] if new <= M else jnp.resize(x, (new, *x.shape[1:])), gradients(1))
+    updates, _ = simulated(make(new))(own, other, jnp.ones(new, bool))  # and it goes on
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(updates))
+
+
+@pytest.mark.parametrize("block", (None, 8))
+def test_ballots_that_wait_survive_another_number_of_workers(block):
+    make = lambda m: signopt.majority_vote(AXIS, delay=1, block=block, num_workers=m)
+    own = jax.tree.map(jnp.abs, gradients(0))
+    _, state = simulated(make(M))(own, make(M).init(params()), jnp.ones(M, bool))
+    other = workers.resize(state, 3)
+    few = jax.tree.map(lambda x: -x[:3], own)
+    updates, _ = simulated(make(3))(few, other, jnp.ones(3, bool))
+    assert all((x > 0).all() for x in jax.tree.leaves(updates))
+
+
 # ---- where signs fail and feedback works ---------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+import numpy as np
 import optax
 
 from signopt import _axis
@@ -174,7 +175,8 @@ def resize(state: Any, num_workers: int) -> Any:
     """Carry a state over to another number of workers.
 
     Every new worker starts from the *mean* of the old workers' momentum and residuals, so their mean over workers, which
-    is what the iterates of such methods depend on, is kept. Counters go on from their largest value.
+    is what the iterates of such methods depend on, is kept. Counters go on from their largest value. What servers remember
+    about their rows keeps every value; the rows are cut anew. Of ballots that wait for the next step, the majority's waits.
 
     An optimizer knows its `num_workers`, so one for the new number has to take over. A Flax `TrainState` and an
     `nnx.Optimizer` hold theirs, which has to change along::
@@ -204,12 +206,22 @@ def resize(state: Any, num_workers: int) -> Any:
              [2.]], dtype=float32), worker=Array([0, 1, 2], dtype=int32))
     """
     _check.count(num_workers, "resize", "num_workers")
+    entries = _entries_served(state)
 
     def leaf(path, owner, x):
         if owner == "shared" or x.shape[0] == num_workers:
             return x
         if owner == "worker":
             return jnp.arange(num_workers, dtype=x.dtype)
+        names = tuple(map(_name, path))
+        served = next((entries[names[:i]] for i in range(len(names)) if names[:i] in entries), None)
+        if served is not None and x.shape == (x.shape[0], -(-served // x.shape[0])) and names[-1] != "entries":
+            row = -(-served // num_workers)
+            flat = jnp.ravel(x)[:served]
+            return jnp.pad(flat, (0, num_workers * row - served)).reshape(num_workers, row)
+        if "held" in names and jnp.issubdtype(x.dtype, jnp.integer):
+            one = jnp.sign(jnp.sum(x, axis=0, dtype=jnp.int32)).astype(x.dtype)
+            return jnp.broadcast_to(one, (num_workers, *one.shape))
         if jnp.issubdtype(x.dtype, jnp.inexact):
             one = jnp.mean(x, axis=0, dtype=jnp.promote_types(x.dtype, jnp.float32)).astype(x.dtype)
         elif jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == bool:
@@ -222,6 +234,21 @@ def resize(state: Any, num_workers: int) -> Any:
         return jnp.broadcast_to(one, (num_workers, *one.shape))
 
     return jax.tree.map_with_path(leaf, owners(state), state)
+
+
+def _entries_served(state: Any) -> dict[tuple, int]:
+    """How many entries the servers of a border share, by the place of what they remember."""
+    found = {}
+    for path, x in jax.tree.leaves_with_path(state):
+        names = tuple(map(_name, path))
+        if names[-2:] == ("server", "entries"):
+            if not isinstance(x, jax.Array | np.ndarray) or isinstance(x, jax.core.Tracer):
+                raise TypeError(
+                    f"`resize(state=...)` has to be given values where servers remember, got {x} at "
+                    f"`state{jax.tree_util.keystr(path)}`. Restore the state of the old workers first, outside of `jax.jit`."
+                )
+            found[names[:-1]] = int(np.asarray(x).reshape(-1)[0])
+    return found
 
 
 def _is_flattened(found, place):
