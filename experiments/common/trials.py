@@ -45,6 +45,7 @@ def train(
     steps: int,
     batch_size: int,
     validation: bool = False,
+    orders: Callable[[int, np.ndarray], np.ndarray] | None = None,
 ) -> Outcome:
     """Train the 64-64-10 network with simulated workers, once for each setting and seed.
 
@@ -57,6 +58,8 @@ def train(
       steps: Training steps.
       batch_size: Examples per worker and step.
       validation: Test on the last fifth of the training images instead.
+      orders: From a seed and all labels to which examples each worker sees, worker after worker, of shape (steps, workers *
+        batch_size). None lets all see any.
 
     Returns:
       What came of each.
@@ -83,7 +86,10 @@ def train(
         params = net.init(jax.random.key(seed))
         return _State(setting, params, make(setting).init(params))
 
-    order = {s: data.batches(s, len(labels), workers * batch_size, steps) for s in np.unique(seeds).tolist()}
+    def alike(seed, labels):
+        return data.batches(seed, len(labels), workers * batch_size, steps)
+
+    order = {s: (orders or alike)(s, dataset.train_labels) for s in np.unique(seeds).tolist()}
     runner = runners.simulate(step, workers)
     states = jax.jit(jax.vmap(init))(settings, seeds)
     states, losses = runner.advance(states, np.stack([order[s] for s in seeds.tolist()]))

@@ -21,6 +21,7 @@ import time
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import rich.progress
@@ -188,11 +189,14 @@ def _train(config, dataset, net, recipe, wire, folder, saved):
     else:
         like = jax.eval_shape(of_seeds(make(saved.about["workers"])), seeds)
         states = checkpoints.unflatten(saved, like, folder)
-        states = jax.vmap(lambda state: signopt.workers.resize(state, config.workers))(states)
+        each = [jax.tree.map(lambda x, i=i: x[i], states) for i in range(config.seeds)]
+        each = [signopt.workers.resize(state, config.workers) for state in each]
+        states = jax.tree.map(lambda *runs: jnp.stack(runs), *each)
         begun, found = saved.step, saved.about["records"]
         yield from found
     accuracies = jax.jit(jax.vmap(functools.partial(models.accuracy, net), in_axes=(0, None, None)))
-    sent = signopt.wire.bytes_sent(jax.eval_shape(net.init, jax.random.key(0)), config.workers, wire)
+    shapes = jax.eval_shape(net.init, jax.random.key(0))
+    sent = signopt.wire.bytes_sent(shapes, config.workers, make(config.workers), axis_name=optimizers.AXIS)
     num_params = sum(x.size for x in jax.tree.leaves(states.params)) // config.seeds
     order = np.stack([_order(config, dataset.train_labels, seed) for seed in range(config.seeds)])
 
