@@ -348,7 +348,9 @@ def _progress_where_served(
     """
     chunk, start = counts[0].size, 0
     total = _axis.to_varying(jnp.float32(0), tuple(_axis.varying(counts[0])))
-    balance = num_workers if wire == "two_bit" else num_workers // 2  # the count of a vote whose margin promises nothing
+    balance = (
+        num_workers if wire == "two_bit" else num_workers // 2
+    )  # the count of a vote whose margin promises nothing
     for piece in pieces:
         words = -(-piece.size // 8)
         length = min(words, chunk)
