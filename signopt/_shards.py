@@ -60,10 +60,10 @@ def declare(declared: Declared) -> contextlib.AbstractContextManager:
     return _declared(declared)
 
 
-def cut(update_fn: Callable, caller: str) -> Callable:
+def cut(update_fn: Callable) -> Callable:
     """Run the update of a border on the shards that are declared, or that Explicit types show, if any are.
 
-    State that has the structure and the shapes of the updates is cut like them; all other state is whole on every shard.
+    Every entry has to be agreed on by itself, and state is a few numbers that are the same on every shard.
     """
 
     @functools.wraps(update_fn)
@@ -71,21 +71,15 @@ def cut(update_fn: Callable, caller: str) -> Callable:
         mesh = jax.sharding.get_abstract_mesh()
         specs = _specs(updates, _declared.value, mesh)
         names = {name for spec in jax.tree.leaves(specs) for entry in spec for name in _axis.names(entry)}
-        # A report is about all coordinates, and each shard would have another: then the border sees whole leaves.
-        if not names or jax.tree.leaves(getattr(state, "report", ())):
+        if not names:
             return update_fn(updates, state, params, **extra_args)
         if mesh.empty:  # Explicit types know their mesh
             mesh = next(jax.typeof(x).sharding.mesh for x in jax.tree.leaves(updates))
         _check_mesh(names, mesh)
-        if jax.tree.leaves(optax.tree.get(state, "server", ())):
-            raise ValueError(
-                f"`on_shards({caller}(...))` has to be a border without memory at the servers, whose rows are cut from whole "
-                'parameters, got one with. Pass `memory="workers"` to it, and no `server`.'
-            )
         extra, treedef = jax.tree.flatten(extra_args)
         arrays = {i: x for i, x in enumerate(extra) if isinstance(x, jax.Array | np.ndarray)}  # others are functions
         given = (updates, state, arrays)
-        in_specs = (specs, _state_specs(state, updates, specs), dict.fromkeys(arrays, PartitionSpec()))
+        whole = PartitionSpec()
 
         def local(updates, state, arrays):
             here = [arrays.get(i, x) for i, x in enumerate(extra)]
@@ -95,11 +89,14 @@ def cut(update_fn: Callable, caller: str) -> Callable:
         # one that has. So they are left out inside, and taken from the same update as it would be without shards.
         with declare(()):
             types = jax.eval_shape(lambda: local(_like(updates), *given[1:]))
-            out_specs = (specs, _state_specs(types[1], updates, specs))
-            mapped = jax.shard_map(
-                local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=names, check_vma=False
-            )
-            found = mapped(*given)
+            found = jax.shard_map(
+                local,
+                mesh=mesh,
+                in_specs=(specs, whole, whole),
+                out_specs=(specs, whole),
+                axis_names=names,
+                check_vma=False,
+            )(*given)
         return jax.tree.map(lambda x, t: _axis.to_varying(x, tuple(_axis.varying(t))), found, types)
 
     return on_shards
@@ -114,27 +111,6 @@ def _specs(updates, declared, mesh):
 
 def _names(path):
     return tuple(str(key) for key in path)
-
-
-def _state_specs(state, updates, specs):
-    treedef, shapes = jax.tree.structure(updates), [jnp.shape(x) for x in jax.tree.leaves(updates)]
-
-    def like_updates(node):
-        if jax.tree.structure(node) != treedef:
-            return False
-        return all(_ends_in(jnp.shape(x), shape) for x, shape in zip(jax.tree.leaves(node), shapes, strict=True))
-
-    def of(node):
-        if like_updates(node):
-            return jax.tree.map(lambda x, u, s: PartitionSpec(*(None,) * (x.ndim - u.ndim), *s), node, updates, specs)
-        return PartitionSpec()
-
-    return jax.tree.map(of, state, is_leaf=like_updates)
-
-
-def _ends_in(shape, end):
-    """Whether a shape is the other, or has a worker's axis in front."""
-    return shape == end or shape == (1, *end)
 
 
 def _check_mesh(names, mesh):

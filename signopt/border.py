@@ -120,6 +120,8 @@ class Border(NamedTuple):
         the sums. None drops them.
       hold: With `delay`, how an array of updates waits for its turn, in fewer bytes if it can. Only finite values may.
       release: `(held, like) -> array`: the inverse of `hold`, as far as `encode` can tell.
+      entrywise: Whether every entry is agreed on by itself. Then each shard of a parameter can be; otherwise the border
+        sees whole leaves.
     """
 
     encode: Callable
@@ -130,6 +132,7 @@ class Border(NamedTuple):
     observe: Callable | None = None
     hold: Callable = finite
     release: Callable = cast_back
+    entrywise: bool = False
 
 
 class BorderState(NamedTuple):
@@ -269,7 +272,10 @@ def exchange(
         report = () if report_like is None else seen
         return updates, BorderState(optax.safe_increment(state.count), report, own if remembers else ())
 
-    return optax.GradientTransformationExtraArgs(init_fn, _shards.cut(update_fn, caller))
+    # A report is about all entries, and what is remembered has the size of whole leaves.
+    if border.entrywise and not remembers and report_like is None:
+        update_fn = _shards.cut(update_fn)
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def run(border: Border, updates: Any, memory: Memory, context: Context) -> tuple[Any, Memory, Any]:

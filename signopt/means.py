@@ -217,7 +217,7 @@ def plain() -> borders.Border:
         voters = jnp.float32(context.num_workers) if isinstance(weight, tuple) else jnp.maximum(weight, 1)
         return jax.tree.map(lambda x: x / voters.astype(x.dtype), total)
 
-    return borders.Border(encode, None, decode)
+    return borders.Border(encode, None, decode, entrywise=True)
 
 
 # ---- in few bits ---------------------------------------------------------------------------------------------------

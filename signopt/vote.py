@@ -203,7 +203,13 @@ def by_sum(quorum: Any, block: int | None, report: bool) -> borders.Border:
         return _statistics(counted, context)
 
     return borders.Border(
-        encode, None, decode, observe=observe if report else None, hold=_hold(block), release=borders.cast_back
+        encode,
+        None,
+        decode,
+        observe=observe if report else None,
+        hold=_hold(block),
+        release=borders.cast_back,
+        entrywise=block is None,
     )
 
 
@@ -258,7 +264,13 @@ def by_bits(wire: str, quorum: Any, block: int | None, report: bool) -> borders.
         return _statistics(_without_filling(counted, updates, wire, context.num_workers), context)
 
     return borders.Border(
-        encode, decide, decode, observe=finish if report else None, hold=_hold(block), release=borders.cast_back
+        encode,
+        decide,
+        decode,
+        observe=finish if report else None,
+        hold=_hold(block),
+        release=borders.cast_back,
+        entrywise=block is None,
     )
 
 

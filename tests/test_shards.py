@@ -132,12 +132,21 @@ def test_one_spec_or_a_tree_that_ends_early_is_for_all_leaves_below(devices):
         assert_equal(votes, jax.tree.map(lambda g: np.sign(g.sum(0)), rows))
 
 
-def test_a_report_is_about_all_shards(devices):
-    """A shard by itself would report on its own coordinates, and every shard something else."""
-    tx = signopt.majority_vote("replica", report=True)
-    found = trained(workers.on_shards(tx, SPECS), devices, steps=1)
-    assert_equal(found, trained(tx, devices, steps=1))
-    assert workers.assert_in_sync(found[1])
+WHOLE = {
+    "a report": lambda: signopt.majority_vote("replica", report=True),
+    "one vote late": lambda: signopt.majority_vote("replica", delay=1, num_workers=REPLICAS),
+    "a scale for each block": lambda: signopt.majority_vote("replica", block=8),
+    "scales and memory": lambda: signopt.mean("replica", uplink=signopt.codecs.scaled_sign(), num_workers=REPLICAS),
+}
+
+
+@pytest.mark.parametrize("case", WHOLE)
+def test_a_border_with_more_than_entries_is_the_same_on_shards(case, devices):
+    """A shard by itself would report on, scale by and remember its own entries, and every shard something else."""
+    tx = WHOLE[case]()
+    found = trained(workers.on_shards(tx, SPECS), devices)
+    assert_equal(found, trained(tx, devices))
+    assert workers.assert_in_sync(found)
 
 
 def test_groups_of_a_partition_vote_on_their_shards(devices):

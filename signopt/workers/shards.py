@@ -12,7 +12,8 @@ def on_shards(tx: optax.GradientTransformation, specs: Any) -> optax.GradientTra
 
     It is for steps on a mesh whose inner axes shard the parameters and are left to the compiler:
     `on_mesh(step, mesh, axis_name="replica")`, `jax.shard_map(..., axis_names={"replica"})`. Links left and right of the
-    border still see whole arrays.
+    border still see whole arrays. So does a border that does more than agree on each entry by itself: one with scales, memory,
+    delay or a report gives the same numbers as without this, and the compiler gathers what it needs.
 
     Args:
       tx: A border over the axis of the replicas, or a chain or a ready optimizer that has one.
