@@ -355,6 +355,20 @@ def test_memory_of_the_border_has_its_worker_in_front(way, devices):
     assert workers.resize(states[0], 2)[1].outer_state[0].per_worker.trace["b"].shape[0] == 2
 
 
+@pytest.mark.parametrize("way", ("late rounds", "late fragments"))
+def test_memory_on_both_sides_gives_the_same_bits_in_rounds_and_in_parts(way, devices):
+    signs = signopt.codecs.scaled_sign(block=8)
+    border = signopt.mean("w", uplink=signs, downlink=signs, num_workers=M)
+    tx = local_steps(way, outer=optax.chain(border, optax.sgd(0.5, momentum=0.5)))
+    start = params(), tx.init(params())
+    runs = [run(make_step(tx), start, devices) for run in (by_simulate, by_mesh)]
+    states = [start] * 2
+    for step in range(STEPS):
+        states = [run(state, batch_of(step))[0] for run, state in zip(runs, states, strict=True)]
+    jax.tree.map(np.testing.assert_array_equal, *states)
+    assert all(np.any(np.asarray(x)) for x in jax.tree.leaves(states[0][0]))
+
+
 def test_means_in_floats_agree_between_runners_to_the_last_bits(devices):
     """Sums in another order differ by half a unit in the last place each; the parameters are below 4."""
     inner, outer = REFERENCES["DiLoCo"][2:]
