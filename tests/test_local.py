@@ -256,6 +256,20 @@ def test_a_late_decision_is_the_one_that_would_have_been_made_at_once(late, at_o
         jax.tree.map(np.testing.assert_array_equal, decided[1].outer_state, states[step + 1][1].outer_state)
 
 
+@pytest.mark.parametrize(
+    ("way", "is_late"), [("every step, late", True), ("late fragments", True), ("fragments", False)]
+)
+def test_a_late_exchange_needs_nothing_that_its_step_computes(way, is_late):
+    """So it can travel meanwhile: another batch in this step changes neither the anchor nor what the border remembers."""
+    run = workers.simulate(make_step(local_steps(way)), M, axis_name="w")
+    state = trained(way)[5]
+    one, other = (run(state, batch_of(step))[0] for step in (5, 6))
+    shared = lambda state: jax.tree.leaves((state[0], state[1].outer_state))
+    pairs = zip(shared(one), shared(other), strict=True)
+    assert all(np.array_equal(a, b) for a, b in pairs) == is_late
+    assert not np.array_equal(offsets(one)["w"], offsets(other)["w"])
+
+
 @pytest.mark.parametrize("way", [way for way, (_, _, delay) in WAYS.items() if delay])
 def test_the_first_late_step_decides_nothing(way):
     """Also on a wire on which zeros are sent as signs."""
@@ -353,6 +367,20 @@ def test_memory_of_the_border_has_its_worker_in_front(way, devices):
     for other in states[1:]:
         jax.tree.map(np.testing.assert_array_equal, states[0], other)
     assert workers.resize(states[0], 2)[1].outer_state[0].per_worker.trace["b"].shape[0] == 2
+
+
+@pytest.mark.parametrize("way", ("late rounds", "late fragments"))
+def test_memory_on_both_sides_gives_the_same_bits_in_rounds_and_in_parts(way, devices):
+    signs = signopt.codecs.scaled_sign(block=8)
+    border = signopt.mean("w", uplink=signs, downlink=signs, num_workers=M)
+    tx = local_steps(way, outer=optax.chain(border, optax.sgd(0.5, momentum=0.5)))
+    start = params(), tx.init(params())
+    runs = [run(make_step(tx), start, devices) for run in (by_simulate, by_mesh)]
+    states = [start] * 2
+    for step in range(STEPS):
+        states = [run(state, batch_of(step))[0] for run, state in zip(runs, states, strict=True)]
+    jax.tree.map(np.testing.assert_array_equal, *states)
+    assert all(np.any(np.asarray(x)) for x in jax.tree.leaves(states[0][0]))
 
 
 def test_means_in_floats_agree_between_runners_to_the_last_bits(devices):
