@@ -12,6 +12,8 @@ from signopt._links import own
 from signopt._links import right
 from signopt._links import warning
 from signopt.momentum import average_of
+from signopt.momentum import count_notfinite
+from signopt.momentum import keep_finite
 from signopt.momentum import signs_of
 from signopt.prox.penalty import Operator
 from signopt.prox.penalty import Prox
@@ -29,7 +31,7 @@ def signsgd(
     axis_name: _axis.AxisName = None,
     num_workers: int | None = None,
     wire: Wire = "two_bit",
-    delay: int = 0,
+    delay: int = False,
     report: bool = False,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Any = None,
@@ -92,7 +94,7 @@ def signum(
     axis_name: _axis.AxisName = None,
     num_workers: int | None = None,
     wire: Wire = "two_bit",
-    delay: int = 0,
+    delay: int = False,
     report: bool = False,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Any = None,
@@ -164,7 +166,7 @@ def lion(
     axis_name: _axis.AxisName = None,
     num_workers: int | None = None,
     wire: Wire = "two_bit",
-    delay: int = 0,
+    delay: int = False,
     report: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Lion, as Distributed Lion by majority vote if there are several workers.
@@ -234,7 +236,7 @@ def signprox(
     axis_name: _axis.AxisName = None,
     num_workers: int | None = None,
     wire: Wire = "two_bit",
-    delay: int = 0,
+    delay: int = False,
     report: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""SignProx: minimize loss plus penalty by signs, by majority vote if there are several workers.

@@ -168,7 +168,7 @@ def exchange(
     border: Border,
     *,
     caller: str = "exchange",
-    delay: int = 0,
+    delay: int = False,
     num_workers: int | None = None,
     key: jax.Array | None = None,
     report_like: Any = None,
@@ -180,11 +180,12 @@ def exchange(
         for one worker and no communication.
       border: What is encoded, decided and decoded.
       caller: The call to name in an error.
-      delay: 0, or 1 to return in every step what the step before it would have returned. The first returns zeros.
+      delay: 0, or 1 to return in every step what the step before it would have returned. The first returns zeros. (The
+        default is a False, which `optax.inject_hyperparams` leaves alone, as it does not leave a 0.)
       num_workers: Size of the axis. Needed if the border remembers or is late: such state belongs to one worker.
       key: A random key, the same on every worker, for borders that throw coins.
-      report_like: The report before the first step, for a state that keeps what `border.observe` made of the last one. None
-        keeps nothing.
+      report_like: A tree of the shapes and dtypes of what `border.observe` makes, for a state that keeps that of the last
+        step, and zeros before the first. None keeps nothing.
 
     Returns:
       A transformation with a `BorderState`. Its `update` also takes `present`, a boolean scalar: an exchange goes on
@@ -209,8 +210,14 @@ def exchange(
       >>> update(jnp.array([[1.0, -2.0], [0.5, 3.0]]), tx.init(jnp.zeros(2)))[0]
       Array([1., 3.], dtype=float32)
     """
+    if isinstance(delay, jax.Array):
+        raise TypeError(
+            f"`{caller}(delay=...)` has to be a Python 0 or 1, got {delay!r}. Inside `optax.inject_hyperparams`, name it in "
+            "`static_args`."
+        )
     if delay not in (0, 1):
         raise ValueError(f"`{caller}(delay=...)` has to be 0 or 1, got {delay}.")
+    delay = int(delay)
     remembers = border.init is not None or delay
     if num_workers is not None:
         _check.count(num_workers, caller, "num_workers")
@@ -245,11 +252,8 @@ def exchange(
         own_tx = states.per_worker(own_tx, num_workers, axis_name=axis_name)
 
     def init_fn(params):
-        return BorderState(
-            jnp.zeros([], jnp.int32),
-            () if report_like is None else report_like,
-            own_tx.init(params) if remembers else (),
-        )
+        nothing = () if report_like is None else jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), report_like)
+        return BorderState(jnp.zeros([], jnp.int32), nothing, own_tx.init(params) if remembers else ())
 
     def update_fn(updates, state, params=None, *, present=None, **extra_args):
         del params

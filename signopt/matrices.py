@@ -32,7 +32,7 @@ def sign_muon(
     axis_name: _axis.AxisName = None,
     num_workers: int | None = None,
     wire: Wire = "two_bit",
-    delay: int = 0,
+    delay: int = False,
     report: bool = False,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Any = None,

@@ -63,7 +63,7 @@ def mean(
     downlink: Codec | None = None,
     server: optax.GradientTransformation | None = None,
     memory: Where | None = "both",
-    delay: int = 0,
+    delay: int = False,
     report: bool = False,
     num_workers: int | None = None,
     key: jax.Array | None = None,
@@ -118,7 +118,7 @@ def mean(
         _require_loss(caller, memory, uplink, downlink)
         return borders.exchange(axis_name, plain(), caller=caller, delay=delay, num_workers=num_workers)
     border = _served(caller, _weighted_mean, uplink, downlink, server, memory, key, report)
-    statistics = MeanStatistics(*(jnp.float32(0) for _ in MeanStatistics._fields))
+    statistics = MeanStatistics(*(jax.ShapeDtypeStruct((), jnp.float32) for _ in MeanStatistics._fields))
     return borders.exchange(
         axis_name,
         border,
@@ -137,7 +137,7 @@ def robust_mean(
     trim: float = 0.25,
     uplink: Codec | None = None,
     memory: Where | None = "both",
-    delay: int = 0,
+    delay: int = False,
     num_workers: int | None = None,
     key: jax.Array | None = None,
 ) -> optax.GradientTransformationExtraArgs:

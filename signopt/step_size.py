@@ -179,11 +179,12 @@ def at_found_rate(
         _check.positive(
             smoothness, caller, "smoothness", "Pass `signopt.measured_smoothness(key)` to have it measured."
         )
+    number = jax.ShapeDtypeStruct((), jnp.float32)
     voting = borders.exchange(
         axis_name,
         _by_sum(estimator, report) if wire == "psum" else _by_count(wire, report),
         caller=caller,
-        report_like=Seen(Progress(jnp.float32(0), jnp.float32(0)), vote.no_statistics() if report else ()),
+        report_like=Seen(Progress(number, number), vote.statistics_like() if report else ()),
     )
     scaled_tx = None if scaled is None else optax.with_extra_args_support(scaled)
 

@@ -75,7 +75,7 @@ def majority_vote(
     wire: Wire = "two_bit",
     quorum: float | jax.Array = 0.0,
     block: int | None = None,
-    delay: int = 0,
+    delay: int = False,
     report: bool = False,
     num_workers: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -144,7 +144,7 @@ def majority_vote(
         caller=caller,
         delay=delay,
         num_workers=num_workers,
-        report_like=no_statistics() if report else None,
+        report_like=statistics_like() if report else None,
     )
 
 
@@ -162,9 +162,10 @@ def _statistics(counted: Counted, context: borders.Context) -> VoteStatistics:
     )
 
 
-def no_statistics() -> VoteStatistics:
-    """Before the first vote."""
-    return VoteStatistics(jnp.int32(0), *(jnp.float32(0) for _ in VoteStatistics._fields[1:]))
+def statistics_like() -> VoteStatistics:
+    """Their shapes and dtypes."""
+    number = jax.ShapeDtypeStruct((), jnp.float32)
+    return VoteStatistics(jax.ShapeDtypeStruct((), jnp.int32), *(number for _ in VoteStatistics._fields[1:]))
 
 
 # ---- the definition ------------------------------------------------------------------------------------------------

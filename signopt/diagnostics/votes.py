@@ -37,7 +37,7 @@ def vote_statistics(updates: Any, axis_name: _axis.AxisName) -> VoteStatistics:
         axis_name,
         vote.by_bits("two_bit", 0.0, None, report=True),
         caller="vote_statistics",
-        report_like=vote.no_statistics(),
+        report_like=vote.statistics_like(),
     )
     return tx.update(updates, tx.init(updates))[1].report
 
