@@ -223,13 +223,6 @@ def test_one_scaled_worker_ruins_a_mean_and_not_a_vote():
     assert loss[1] is None or loss[1] > 1e3 * loss[0]
 
 
-def test_robust_means_ignore_outliers_and_are_what_they_are_called():
-    stacked = jnp.array([[1.0, -5.0], [2.0, 0.0], [3.0, 1.0], [4.0, 2.0], [1000.0, 300.0]])
-    np.testing.assert_array_equal(adversaries.coordinate_median(stacked), [3.0, 1.0])
-    np.testing.assert_array_equal(adversaries.trimmed_mean(stacked, 1), [3.0, 1.0])
-    np.testing.assert_array_equal(adversaries.trimmed_mean(stacked, 0), stacked.mean(0))
-
-
 def test_the_figure_is_drawn_from_records(tmp_path):
     config = adversaries.Config(kinds=("inverted",), methods=("signum + vote", "mean"), adversaries=(0, 4), seeds=2)
     size = {"steps": 600, "batch_size": 8}

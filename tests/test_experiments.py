@@ -337,6 +337,14 @@ def test_label_sorted_shards_mislead_a_vote_but_not_a_mean(tmp_path):
     assert accuracy["sorted"]["sgd", "mean"] > accuracy["shuffled"]["sgd", "mean"] - 0.03
 
 
+def test_a_vote_of_bits_is_as_accurate_as_a_mean_of_floats(tmp_path):
+    found = train.final(run(tmp_path, optimizer=("sgd", "signum"), runner="simulate", seeds=3))
+    accuracy = {name: statistics.mean(record["test_accuracy"] for record in ends) for name, ends in found.items()}
+    assert accuracy["sgd", "mean"] >= 0.982  # a fair baseline
+    assert accuracy["signum", "one_bit"] >= 0.982
+
+
+@pytest.mark.slow
 def test_over_ten_seeds_a_vote_of_bits_is_as_accurate_as_a_mean_of_floats(tmp_path):
     settings = {"optimizer": ("sgd", "signum", "signsgd"), "wire": ("one_bit", "two_bit")}
     found = train.final(run(tmp_path, runner="simulate", seeds=10, **settings))

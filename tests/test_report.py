@@ -10,6 +10,7 @@ from experiments import __main__ as command
 from experiments.common import parts
 from experiments.common import records
 from experiments.common import report
+import figures
 
 
 def test_the_page_has_the_tables_of_the_kept_records_and_at_most_250_lines():
@@ -35,7 +36,13 @@ def test_the_page_tells_how_to_run_every_experiment():
 def test_kept_records_name_no_folder_of_the_machine_they_were_made_on():
     for path in report.MEASURED.glob("*/*"):
         assert '"/' not in path.read_text(encoding="utf-8"), path
-        assert path.stat().st_size < 100_000, path
+        assert path.stat().st_size < 150_000, path
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in report.MEASURED.iterdir()))
+def test_kept_records_are_enough_for_the_figures(name, tmp_path):
+    found = records.read(report.MEASURED / name / records.FILE)
+    figures.drawn(command.load(found[0]["experiment"]), found, tmp_path)
 
 
 VERSIONS = {"signopt": "0.1.0", "jax": "0.10.2"}
@@ -69,7 +76,7 @@ def load_one(name):
 
 def test_what_is_kept_is_short_and_then_stands_on_the_page(somewhere, capsys):
     found = [
-        {"seed": seed, "loss": 1.23456789 + seed, "curve": list(range(100)), "pair": [1.0, 2]} for seed in range(3)
+        {"seed": seed, "loss": 1.23456789 + seed, "curve": list(range(200)), "pair": [1.0, 2]} for seed in range(3)
     ]
     write(somewhere / "results" / "mine", {"output": str(somewhere), "steps": 3}, found)
     report.README.write_text("# A page\n\n<!-- report: mine -->\nold\n<!-- end -->\n")

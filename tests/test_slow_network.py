@@ -207,6 +207,7 @@ def test_every_host_decides_the_same_and_every_way_to_count_does(found):
     assert len(decided["one_bit"]) == len(decided["two_bit"]) == 1
     assert decided["one_bit"] == decided["bits gathered by all"]
     assert decided["two_bit"] == decided["psum"] == decided["int8 sum of signs"]
+    assert decided["one_bit, swapped"] == decided["one_bit"] and decided["two_bit, swapped"] == decided["two_bit"]
     assert decided["one_bit"] != decided["two_bit"]  # among two, half of all votes are ties
 
 
@@ -229,7 +230,7 @@ def test_a_late_host_is_timed_from_its_own_start(found):
 
 
 def test_table_figure_and_cost_model_need_nothing_but_records(found, tmp_path):
-    assert [drawn.row_count for drawn in slow_network.table(found).renderables] == [14, 8, 6]
+    assert [drawn.row_count for drawn in slow_network.table(found).renderables] == [18, 8, 6]
     (figure,) = figures.drawn(slow_network, found, tmp_path)
     assert [axes.get_title() for axes in figure.axes] == ["votes", "training"]
     checked = list(cost.check(cost.medians(found), exchanges.Rates()))

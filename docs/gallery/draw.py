@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 import matplotlib
 from matplotlib.figure import Figure
 
-from experiments.__main__ import experiments
+from experiments.__main__ import load
 from experiments.common import records as recorded
 
 MEASURED = ROOT / "experiments" / "measured"
@@ -81,10 +81,9 @@ def draw(plot: Callable, records: list[recorded.Record], folder: pathlib.Path) -
 
 def main(names: list[str]) -> None:
     importlib.import_module("experiments.common.plots")  # sets the style
-    found = experiments()
     for name in names or sorted(path.parent.name for path in MEASURED.glob(f"*/{recorded.FILE}")):
         records = recorded.read(MEASURED / name / recorded.FILE)
-        experiment = importlib.import_module(f"experiments.{found[records[0]['experiment']].module}")
+        experiment = load(records[0]["experiment"])
         try:
             written = draw(experiment.plot, records, FIGURES / name)
         except (IndexError, KeyError, ValueError) as error:

@@ -31,7 +31,6 @@ from signopt import _bits
 from signopt import _flat
 from signopt import border
 from signopt import vote
-from signopt.workers import check as processes
 
 AXIS = optimizers.AXIS
 STEP = 1e-3  # by which a vote moves the values of the next one
@@ -100,11 +99,7 @@ def _on_hosts(tree):
 
 def _placed(state):
     """A state that every host has whole, on the mesh: of what belongs to a worker, on each host its own."""
-    return jax.tree.map(
-        lambda x, spec: processes.put(x, jax.sharding.NamedSharding(mesh(), spec)),
-        state,
-        signopt.workers.partition_specs(state, AXIS),
-    )
+    return signopt.workers.place(state, mesh(), signopt.workers.partition_specs(state, AXIS))
 
 
 @functools.cache

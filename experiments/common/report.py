@@ -23,7 +23,7 @@ from experiments.common.records import Record
 
 FOLDER = pathlib.Path(__file__).parents[1]
 MEASURED, README = FOLDER / "measured", FOLDER / "README.md"
-LONG = 64  # entries of a list that nobody keeps
+LONG = 150  # entries of a list that nobody keeps
 _TABLE = re.compile(r"<!-- report: (\w+).*?-->\n.*?<!-- end -->", re.DOTALL)
 
 Rows = list[list[str]]

@@ -76,11 +76,6 @@ def table(records: list[Record]) -> rich.table.Table:
     return drawn
 
 
-def kept(records: list[Record]) -> list[Record]:
-    """The looks, without the noise of single parameters."""
-    return [records[0], *({name: r[name] for name in r if name != "noise"} for r in records[1:])]
-
-
 def plot(records: list[Record], folder: str) -> list[pathlib.Path]:
     """Draw densities, ratios, and histograms of the noise at the first and the last look.
 

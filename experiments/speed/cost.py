@@ -38,6 +38,8 @@ WIRE_OF_PROGRAM = {
     "bits gathered by all": "all_gather",
     "two_bit": "two_bit",
     "one_bit": "one_bit",
+    "two_bit, swapped": "two_bit",
+    "one_bit, swapped": "one_bit",
 }
 # What headers leave of a packet for data.
 PAYLOAD_SHARE = 1 - namespaces.HEADER_BYTES / (namespaces.MTU + 14)
@@ -169,21 +171,21 @@ def rates_of(stages: list[Record]) -> exchanges.Rates:
 
 
 def medians(measured: list[Record]) -> list[Record]:
-    """The records of `slow_network` that `check` reads, those of one program as one: medians over turns.
+    """The records of `slow_network` with the turns of a program as one: medians.
 
     Examples:
       >>> turns = [{"kind": "vote", "program": "psum", "round": i, "seconds": i, "decided": 7} for i in range(3)]
       >>> medians([{}, *({"hosts": 2, "megabits": 100.0} | turn for turn in turns)])[1:]
-      [{'hosts': 2, 'megabits': 100.0, 'kind': 'vote', 'program': 'psum', 'seconds': 1}]
+      [{'hosts': 2, 'megabits': 100.0, 'kind': 'vote', 'program': 'psum', 'round': 0, 'seconds': 1}]
     """
     kept, votes = [], {}
     for r in measured[1:]:
         if r["kind"] == "vote":
             votes.setdefault((r["hosts"], r["megabits"], r["program"]), []).append(r)
     for turns in votes.values():
-        first = {name: value for name, value in turns[0].items() if name not in ("round", "decided", "same_everywhere")}
-        kept.append(first | {"seconds": statistics.median(r["seconds"] for r in turns)})
-    return [measured[0], *kept]
+        first = {name: value for name, value in turns[0].items() if name not in ("decided", "same_everywhere")}
+        kept.append(first | {"round": 0, "seconds": statistics.median(r["seconds"] for r in turns)})
+    return [measured[0], *kept, *(r for r in measured[1:] if r["kind"] != "vote")]
 
 
 def errors(records: list[Record]) -> list[float]:
@@ -237,12 +239,6 @@ def _interval(low, high):
         if low <= BANDWIDTHS[0]
         else f"{exchanges.bandwidth(low)} to {exchanges.bandwidth(high)}"
     )
-
-
-def kept(records: list[Record]) -> list[Record]:
-    """What the tables need: no curve."""
-    rest = [r for r in records[1:] if r["kind"] != "two levels"]
-    return [records[0], *({name: r[name] for name in r if name != "seconds"} for r in rest)]
 
 
 def summary(records: list[Record]) -> list[list[str]]:

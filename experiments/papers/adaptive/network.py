@@ -156,12 +156,6 @@ def table(records: list[Record]) -> rich.table.Table:
     return drawn
 
 
-def kept(records: list[Record]) -> list[Record]:
-    """The last look of every run."""
-    last = records[0]["config"]["steps"]
-    return [records[0], *(record for record in records[1:] if record["step"] == last)]
-
-
 def plot(records: list[Record], folder: str) -> list[pathlib.Path]:
     """Draw test accuracy against steps, the sweeps, and the learning rates that were found.
 

@@ -145,11 +145,6 @@ def table(records: list[Record]) -> rich.table.Table:
     return drawn
 
 
-def kept(records: list[Record]) -> list[Record]:
-    """What the table needs: no curve."""
-    return [records[0], *({name: r[name] for name in ("method", "voters", "tails")} for r in records[1:])]
-
-
 def summary(records: list[Record]) -> list[list[str]]:
     """The mean loss at the end, a row for each number of voters."""
     tails = {record["method"]: record["tails"] for record in records[1:]}

@@ -79,16 +79,6 @@ def run(config: Config) -> Iterator[Record]:
         yield from _quadratic(config)
 
 
-def coordinate_median(stacked: jax.Array) -> jax.Array:
-    """The median over workers of every entry; `stacked` has a leading axis of workers."""
-    return jnp.median(stacked, axis=0)
-
-
-def trimmed_mean(stacked: jax.Array, trimmed: int) -> jax.Array:
-    """The mean over workers of every entry, without its `trimmed` largest and smallest values."""
-    return jnp.mean(jnp.sort(stacked, axis=0)[trimmed : stacked.shape[0] - trimmed], axis=0)
-
-
 def _optimizer(config, method, kind, num_adversaries, steps):
     """A chain with adversaries directly left of its border."""
     corrupt = adversary.corrupt(KINDS[kind](), num_adversaries, AXIS)
@@ -104,12 +94,11 @@ def _optimizer(config, method, kind, num_adversaries, steps):
             signopt.majority_vote(AXIS, wire=config.wire),
             optax.scale_by_learning_rate(schedule(optimizers.RECIPES["signum"].learning_rate)),
         )
-    robust = {"median": coordinate_median, "trimmed mean": lambda x: trimmed_mean(x, config.workers // 4)}
-
-    def together(updates):
-        return jax.tree.map(lambda x: robust[method](lax.all_gather(x, AXIS)), updates)
-
-    border = signopt.mean(AXIS) if method == "mean" else optax.stateless(lambda updates, params: together(updates))
+    border = {
+        "mean": lambda: signopt.mean(AXIS),
+        "median": lambda: signopt.robust_mean(AXIS),
+        "trimmed mean": lambda: signopt.robust_mean(AXIS, method="trimmed", trim=0.25),
+    }[method]()
     return optax.chain(corrupt, border, optax.sgd(schedule(optimizers.RECIPES["sgd"].learning_rate), momentum=0.9))
 
 

@@ -148,9 +148,9 @@ def ends(records: list[Record]) -> list[Record]:
 
 
 def kept(records: list[Record]) -> list[Record]:
-    """The last look of each run, without the signals."""
-    signals = ("clean", "noisy", "found")
-    return [records[0], *({k: v for k, v in r.items() if k not in signals} for r in ends(records))]
+    """All looks of seed 0, and the last of the others; the signal is too long."""
+    last = {id(record) for record in ends(records)}
+    return [records[0], *(r for r in records[1:] if r["seed"] == 0 or id(r) in last)]
 
 
 def table(records: list[Record]) -> rich.table.Table:
@@ -210,6 +210,9 @@ def plot(records: list[Record], folder: str) -> list[pathlib.Path]:
         above.set(title=problem, xlabel="steps", ylabel="gap over minimum", yscale="log")
         if problem == "denoising":
             found = next(r for r in ends(mine[:1] + mine) if r["problem"] == problem and r["method"] == "signprox")
+            if "found" not in found:  # the signal was not kept
+                below.set_axis_off()
+                continue
             for name, width in (("noisy", 0.3), ("clean", 2.0), ("found", 1.0)):
                 below.plot(found[name], "-", linewidth=width, label=name)
             below.set(xlabel="point", ylabel="signal")

@@ -232,11 +232,6 @@ def table(records: list[Record]) -> rich.table.Table:
     return drawn
 
 
-def kept(records: list[Record]) -> list[Record]:
-    """All networks, without the pixels that survive."""
-    return [records[0], *({k: v for k, v in r.items() if k != "surviving_pixels"} for r in records[1:])]
-
-
 ENOUGH = {"pixels": (0.5, 0.015), "units": (0.7, 0.01)}  # the share to drop, and what it may cost
 
 
