@@ -158,7 +158,8 @@ def orthogonalized(x: jax.Array, dims: MuonDimensionNumbers, ns_coeffs: tuple, n
     x = x / _float.unit_of(jnp.max(jnp.abs(x), axis=axes, keepdims=True))
     # Without momentum of its own it is Newton-Schulz and nothing else, and its state is nothing to keep.
     newton_schulz = scale_by_muon(ns_coeffs, ns_steps, beta=0, nesterov=False, weight_dimension_numbers=dims)
-    return newton_schulz.update(x, newton_schulz.init(x))[0]
+    found, _ = newton_schulz.update(x, newton_schulz.init(x))
+    return jnp.asarray(found)
 
 
 def _itself_or_sign(gradient, voted):
