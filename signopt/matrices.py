@@ -62,8 +62,7 @@ def sign_muon(
     Args:
       learning_rate: :math:`\alpha`, a number or a schedule: how far each parameter moves in a step.
       beta: :math:`\beta` in [0, 1), the decay rate of the momentum.
-      axis_name: The workers, as in `majority_vote`. None is one worker and no communication, and then a value that is not
-        finite stays in the momentum, as in `optax.signum`; with an axis none gets in.
+      axis_name: The workers, as in `majority_vote`. None is one worker and no communication.
       num_workers: Size of the axis, as in `signum`.
       wire: What travels, as in `majority_vote`.
       delay: 1 to step by the vote of the step before, as in `majority_vote`.
@@ -158,12 +157,14 @@ def orthogonalized(x: jax.Array, dims: MuonDimensionNumbers, ns_coeffs: tuple, n
     x = x / _float.unit_of(jnp.max(jnp.abs(x), axis=axes, keepdims=True))
     # Without momentum of its own it is Newton-Schulz and nothing else, and its state is nothing to keep.
     newton_schulz = scale_by_muon(ns_coeffs, ns_steps, beta=0, nesterov=False, weight_dimension_numbers=dims)
-    return newton_schulz.update(x, newton_schulz.init(x))[0]
+    found, _ = newton_schulz.update(x, newton_schulz.init(x))
+    return jnp.asarray(found)
 
 
 def _itself_or_sign(gradient, voted):
     """`voted` for one who takes signs anyway, in the dtype of the gradient, where it might round to zero."""
-    return voted if voted.dtype == gradient.dtype else sign.sign(voted).astype(gradient.dtype)
+    dtype = jnp.result_type(gradient)
+    return voted if voted.dtype == dtype else sign.sign(voted).astype(dtype)
 
 
 def _is_known(dims):

@@ -9,7 +9,6 @@ import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers
 import pytest
-import rich.console
 
 from experiments.common import records
 from experiments.common import text
@@ -70,13 +69,12 @@ def test_gradients_are_taken_where_one_says():
 
 
 def test_workers_that_are_not_alike_draw_from_pieces_of_their_own(tmp_path):
-    """The first half of this text is one byte over and over: the first of two workers learns it in its first gradient."""
+    """The first half of this text is one byte over and over, the second half another."""
     file = tmp_path / "halves.txt"
-    file.write_bytes(b"a" * 4000 + bytes(np.random.default_rng(0).integers(0, 256, 4000, np.uint8)))
-    shape = SMALL._replace(file=str(file), alike=False, steps=4)
-    own = optax.chain(signopt.workers.per_worker(optax.identity(), 2), signopt.mean(text.AXIS), optax.sgd(0.0))
-    alike, apart = (text.train(own, shape._replace(alike=alike)) for alike in (True, False))
-    assert not np.array_equal(alike.train, apart.train)
+    file.write_bytes(b"a" * 4500 + b"b" * 5500)  # of which the first nine tenths are trained on
+    own = optax.chain(signopt.mean(text.AXIS), optax.sgd(0.0))
+    apart = text.train(own, SMALL._replace(file=str(file), alike=False, steps=2))
+    np.testing.assert_allclose(*apart.train, rtol=1e-5)  # a half each, in every step
 
 
 def test_tuning_ends_with_a_worse_rate_on_each_side():
@@ -88,21 +86,31 @@ def test_tuning_ends_with_a_worse_rate_on_each_side():
     assert min(diverging, key=diverging.get) == 1.0
 
 
-def test_it_runs_and_draws(tmp_path):
-    config = language.Config(methods=("sgd", "mh_signsgd", "sign_muon"), seeds=1, tune=True, output=str(tmp_path))
-    small = {name: getattr(SMALL, name) for name in ("layers", "width", "context", "workers", "batch_size", "steps")}
-    config = dataclasses.replace(config, **small, tuning_steps=4, evaluations=2)
+def test_every_method_is_tuned_and_trained_and_drawn(tmp_path, monkeypatch):
+    """With trainings that are only a parabola of the logarithm of the learning rate: the best one is 3e-3 for all."""
+
+    def trainer(make, shape, *, split="validate"):
+        jax.eval_shape(make(text.cosine(0.1, 16)).init, text.init(jax.random.key(0), shape))
+
+        def train(peak, seed):
+            loss = 1.5 + 0.01 * seed + np.log2(max(peak, 1e-9) / 3e-3) ** 2 + (split == "tune")
+            return text.Curve(np.full(shape.steps, loss), np.full(shape.evaluations, loss))
+
+        return train
+
+    monkeypatch.setattr(text, "trainer", trainer)
+    config = language.Config(seeds=2, tune=True, layers=1, width=16, output=str(tmp_path))
     path = records.write(config.output, records.header("language", config), language.run(config))
     found = records.read(path)
     runs = {r["method"]: r for r in found[1:] if r["kind"] == "run"}
-    assert list(runs) == ["sgd", "mh_signsgd", "sign_muon"]
-    assert {r["method"] for r in found[1:] if r["kind"] == "tune"} == {"sgd", "sign_muon"}
+    assert list(runs) == list(language.METHODS) and len(found) > 2 + 2 * len(runs)
     assert runs["mh_signsgd"]["learning_rate"] is None
+    assert all(2e-3 < r["learning_rate"] < 5e-3 for name, r in runs.items() if name != "mh_signsgd")
     # A mean sends 32 bits for each bit of a vote, but for the bytes that small leaves do not fill.
-    assert 25 < runs["sgd"]["bytes_per_step"] / runs["sign_muon"]["bytes_per_step"] <= 32
-    with rich.console.Console(width=200).capture() as shown:
-        rich.console.Console(width=200).print(language.table(found))
-    assert shown is not None
+    assert 31 < runs["sgd"]["bytes_per_step"] / runs["sign_muon"]["bytes_per_step"] <= 32
+    (row,) = [row for row in language.summary(found) if row[0] == "muon"]
+    assert row[2].endswith("± 0.007") and float(row[3]) == 48
+    assert len(language.table(found).rows) == len(language.METHODS)
     assert all(figure.exists() for figure in language.plot(found, str(tmp_path)))
 
 

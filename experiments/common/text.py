@@ -65,10 +65,10 @@ def load(file: str = "") -> Text:
         return Text(*np.split(whole, cuts))
     folder = pathlib.Path(sysconfig.get_path("stdlib"))
     files = sorted(path for path in folder.rglob("*.py") if not set(path.relative_to(folder).parts) & set(LEFT_OUT))
-    parts = Text([], [], [])
+    train, tune, validate = [], [], []
     for i, path in enumerate(files):
-        {0: parts.validate, ONE_IN // 2: parts.tune}.get(i % ONE_IN, parts.train).append(path.read_bytes())
-    return Text(*(np.frombuffer(b"".join(part), np.uint8) for part in parts))
+        {0: validate, ONE_IN // 2: tune}.get(i % ONE_IN, train).append(path.read_bytes())
+    return Text(*(np.frombuffer(b"".join(part), np.uint8) for part in (train, tune, validate)))
 
 
 class Shape(NamedTuple):

@@ -144,14 +144,15 @@ def run(config: Config) -> Iterator[Record]:
         def make(schedule, method=method):
             return method.make(schedule, config)
 
-        rates = config.learning_rates or (method.learning_rate,)
-        if config.tune and method.learning_rate is not None:
+        start = method.learning_rate
+        rates = config.learning_rates or (start,)
+        if config.tune and start is not None:
             held_out = texts.trainer(make, shape._replace(steps=config.tuning_steps, evaluations=1), split="tune")
             tried = {}
-            for rate, loss in tuned(lambda rate, train=held_out: float(train(rate, 0).held_out[-1]), rates[0]):
+            for rate, loss in tuned(lambda rate, train=held_out: float(train(rate, 0).held_out[-1]), start):
                 tried[rate] = loss
                 yield {"kind": "tune", "method": name, "learning_rate": rate, "loss": loss}
-            rates = (min(tried, key=tried.get),)
+            rates = (_best(tried),)
         train = texts.trainer(make, shape)
         sent = signopt.wire.bytes_sent(params, config.workers, config.wire if method.votes else "mean")
         for rate in rates:
@@ -189,8 +190,12 @@ def tuned(loss: Callable[[float], float], start: float) -> Iterator[tuple[float,
         tried[rate] = found if np.isfinite(found := loss(rate)) else np.inf
         yield rate, tried[rate]
         if not queue:
-            best = min(tried, key=tried.get)
+            best = _best(tried)
             queue = [next_rate for next_rate in (best / 2, best * 2) if next_rate not in tried]
+
+
+def _best(tried):
+    return min(tried, key=lambda rate: tried[rate])
 
 
 def losses(records: list[Record], method: str) -> dict[float | None, np.ndarray]:
@@ -226,7 +231,8 @@ def table(records: list[Record]) -> rich.table.Table:
 def seconds_per_step(config: Record, parameters: int, name: str, gigabits: float) -> float:
     """Of a step of one method, by the cost model."""
     cluster = exchanges.Cluster(config["workers"], 1e9 * gigabits, 1e-6 * config["latency_us"], 0.0)
-    wire = {"psum": "int8"}.get(config["wire"], config["wire"]) if METHODS[name].votes else "float32"
+    voted = "int8" if config["wire"] == "psum" else config["wire"]
+    wire = voted if METHODS[name].votes else "float32"
     compute = 1e-3 * config["step_ms"]
     if config["workers"] == 1:
         return compute
