@@ -139,6 +139,7 @@ class Config:
     tuning_steps: int = flag(512, "training steps of that", at_least=1)
     outer_rate: float = flag(0.7, "of the outer SGD, where workers exchange more than one step of theirs", at_least=0)
     outer_momentum: float = flag(0.5, "of the same", at_least=0)
+    nesterov: bool = flag(True, "let that momentum be Nesterov's")
     workers: int = flag(4, "number of workers", at_least=1)
     batch_size: int = flag(8, "sequences per worker and step", at_least=1)
     alike: bool = flag(True, "let workers draw from the whole text, not each from a piece of its own")
@@ -165,7 +166,7 @@ def optimizer(run: Run, config: Config, schedule: optax.Schedule) -> optax.Gradi
     elif run.every == 1:
         outer = optax.sgd(1.0)
     else:
-        outer = optax.sgd(config.outer_rate, momentum=config.outer_momentum)
+        outer = optax.sgd(config.outer_rate, momentum=config.outer_momentum, nesterov=config.nesterov)
     return signopt.local_steps(
         INNERS[run.inner].make(schedule),
         optax.chain(border, outer),
