@@ -1,4 +1,4 @@
-"""Keep records, and write the tables of `experiments/README.md` from those that are kept: no number is copied by hand.
+"""Keep records, and write the tables of `experiments/README.md` and `docs/` from those kept: no number is copied by hand.
 
     python -m experiments report                        # write the tables anew
     python -m experiments report train                  # print all that is kept of a run
@@ -48,11 +48,20 @@ def main(arguments: Sequence[str], load: Callable[[str], Any], show: Callable[[A
             found = recorded.read(MEASURED / name / recorded.FILE)
             show(load(found[0]["experiment"]).table(found))
         return
-    text = README.read_text(encoding="utf-8")
-    README.write_text(written(text, load), encoding="utf-8")
-    print(f"written: {README}")
+    text = ""
+    for page in pages():
+        own = page.read_text(encoding="utf-8")
+        page.write_text(written(own, load), encoding="utf-8")
+        print(f"written: {page}")
+        text += own
     for name in sorted({path.name for path in MEASURED.iterdir()} - set(_TABLE.findall(text))):
         print(f"no place for {name}: put `<!-- report: {name} -->` and `<!-- end -->` where its table shall stand")
+
+
+def pages() -> list[pathlib.Path]:
+    """`experiments/README.md`, and what else has a table between markers."""
+    docs = sorted((FOLDER.parent / "docs").glob("*.md"))
+    return [README, *(page for page in docs if _TABLE.search(page.read_text(encoding="utf-8")))]
 
 
 def keep(folder: pathlib.Path, load: Callable[[str], Any]) -> pathlib.Path:
