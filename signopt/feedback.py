@@ -23,6 +23,7 @@ from signopt.means import plain
 from signopt.momentum import scale_by_signum
 
 _BLOCK = 256  # entries that share a scale
+_FLOOR = 0.1  # of a leaf's root mean square: the least scale of an entry, once scales stand still
 
 
 def ef_signsgd(
@@ -168,12 +169,16 @@ def onebit_adam(
     r"""Adam on a float32 mean until its second moment settles, then on momenta in two-sided scaled signs.
 
     .. math::
-      \mu \leftarrow \mathcal{D}\Big(\bar e + \frac1M \sum_m \mathcal{C}(\beta_1 \mu + (1 - \beta_1) g_m + e_m)\Big),
-      \qquad x_{t+1} = x_t - \alpha_t \Big(\frac{\hat \mu}{\sqrt{\hat \nu} + \epsilon} + \lambda x_t\Big)
+      u \leftarrow \mathcal{D}\Big(\bar e + \frac1M \sum_m \mathcal{C}\Big(\beta_1 u + (1 - \beta_1) \frac{g_m}{s} +
+      e_m\Big)\Big), \qquad x_{t+1} = x_t - \alpha_t \Big(\frac{u}{1 - \beta_1^t} + \lambda x_t\Big)
 
-    with :math:`\nu` as it was when it settled. It counts as settled when the sum of :math:`\hat \nu` and that of `look_every`
-    steps before are at least as close as `settled`, the smaller over the larger. All workers see the same :math:`\nu`, so
-    all switch in the same step.
+    with :math:`s = \sqrt{\hat \nu} + \epsilon` as it was when it settled, and no entry of it below a tenth of its leaf's root mean
+    square. It counts as settled when the sum of :math:`\hat \nu` and that of `look_every` steps before are at least as close as
+    `settled`, the smaller over the larger. All workers see the same :math:`\nu`, so all switch in the same step.
+
+    What travels is the momentum *divided by s*, whose entries are of about one size. Signs of the momentum itself would give an
+    entry without a gradient the size of its neighbours, which Adam then divides by nearly nothing: on digits, whose corners are
+    always dark, accuracy falls from .987 to .376 that way (`python -m experiments heterogeneous`).
 
     Args:
       learning_rate: :math:`\alpha`, a number or a schedule: that of Adam.
@@ -203,8 +208,8 @@ def onebit_adam(
 
     References:
       Algorithm 1 of Tang et al., `1-bit Adam <https://arxiv.org/abs/2102.02888>`_, 2021, and for the rule that ends the
-      warm-up its section 7.1. Its warm-up is set by hand as a rule; here the rule decides, inside of jit. 0/1 Adam adds
-      rounds that are left out: `local_steps` around an inner Adam.
+      warm-up its section 7.1. It sends the momentum itself, and its warm-up is set by hand as a rule; here the rule decides,
+      inside of jit. 0/1 Adam adds rounds that are left out: `local_steps` around an inner Adam.
     """
     adam = _scale_by_onebit_adam(b1, b2, eps, axis_name, num_workers, settled, look_every, block)
     return optax.chain(adam, *tail("onebit_adam", learning_rate, weight_decay, mask))
@@ -221,6 +226,17 @@ def _scale_by_onebit_adam(b1, b2, eps, axis_name, num_workers, settled, look_eve
     codec = codecs.scaled_sign(block=block)
     compressed = mean(axis_name, uplink=codec, downlink=codec, num_workers=num_workers)
     dense = borders.exchange(axis_name, plain(), caller=caller)
+
+    def _scales(nu, steps):
+        """What momenta are divided by once the second moment stands still."""
+        known = 1 - b2 ** jnp.maximum(steps, 1).astype(jnp.float32)
+
+        def scale(v):
+            root = jnp.sqrt(v / known)
+            least = _FLOOR * _float.rms(root)
+            return jnp.maximum(root, least) + eps
+
+        return jax.tree.map(scale, nu)
 
     def init_fn(params):
         zeros = jax.tree.map(lambda x: jnp.zeros(_float.shape(x), jnp.float32), params)
@@ -239,23 +255,24 @@ def _scale_by_onebit_adam(b1, b2, eps, axis_name, num_workers, settled, look_eve
             return mu, nu, state.border
 
         def in_bits():
-            own = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, grads)
-            mu, border = compressed.update(own, state.border, present=present)
-            return mu, state.nu, border
+            scale = _scales(state.nu, state.settled_at)
+            own = jax.tree.map(lambda m, g, s: (b1 * m + (1 - b1) * g) / s, state.mu, grads, scale)
+            found, border = compressed.update(own, state.border, present=present)
+            return jax.tree.map(jnp.multiply, found, scale), state.nu, border
 
         is_settled = state.settled_at > 0
         mu, nu, border = lax.cond(is_settled, in_bits, in_floats)
         steps = jnp.where(is_settled, state.settled_at, count)
         nu_hat = jax.tree.map(lambda v: v / (1 - b2 ** steps.astype(jnp.float32)), nu)
         mu_hat = jax.tree.map(lambda m: m / (1 - b1 ** count.astype(jnp.float32)), mu)
+        roots = jax.tree.map(lambda v: jnp.sqrt(v) + eps, nu_hat)
+        roots = jax.tree.map(lambda r, s: jnp.where(is_settled, s, r), roots, _scales(nu, steps))
         norm = sum((jnp.sum(v) for v in jax.tree.leaves(nu_hat)), jnp.float32(0))
         looks = (count % look_every == 0) & ~is_settled
         closeness = jnp.minimum(norm, state.last_norm) / jnp.maximum(jnp.maximum(norm, state.last_norm), 1e-38)
         # The first look has nothing to compare with, unless it need not.
         settles = looks & (closeness >= settled) & ((state.last_norm > 0) | (jnp.float32(settled) == 0))
-        found = jax.tree.map(
-            lambda m, v, g: (m / (jnp.sqrt(v) + eps)).astype(jnp.result_type(g)), mu_hat, nu_hat, updates
-        )
+        found = jax.tree.map(lambda m, r, g: (m / r).astype(jnp.result_type(g)), mu_hat, roots, updates)
         return found, ScaleByOnebitAdamState(
             count=count,
             mu=mu,
