@@ -366,17 +366,28 @@ PICTURES = """return [...document.querySelectorAll('article img, article .drawin
 })"""
 
 
-@needs_sphinx
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_pictures_are_visible_on_a_phone(browser, address, site, theme):
-    seen = 0
+@pytest.fixture(scope="module")
+def on_a_phone(browser, address, site):
+    """For each page its width there, and its pictures in both themes."""
+    found = {}
     for page in pages(site):
-        if not any(mark in (site / page).read_text(encoding="utf-8") for mark in ("<img", 'class="drawing')):
-            continue
         look(browser, f"{address}/{page}", PHONE)
-        browser.execute_script("document.documentElement.dataset.theme = arguments[0]", theme)
-        for picture in browser.execute_script(PICTURES):
-            if f"-{'light' if theme == 'dark' else 'dark'}.svg" in picture["name"]:
+        width = browser.execute_script("return document.documentElement.scrollWidth")
+        pictures = {}
+        for theme in ("light", "dark"):
+            browser.execute_script("document.documentElement.dataset.theme = arguments[0]", theme)
+            pictures[theme] = browser.execute_script(PICTURES)
+        found[page] = (width, pictures)
+    return found
+
+
+@needs_sphinx
+@pytest.mark.parametrize(("theme", "other"), [("light", "dark"), ("dark", "light")])
+def test_pictures_are_visible_on_a_phone(on_a_phone, theme, other):
+    seen = 0
+    for page, (_, pictures) in on_a_phone.items():
+        for picture in pictures[theme]:
+            if f"-{other}.svg" in picture["name"]:
                 assert picture["hidden"], (page, picture)
                 continue
             assert not picture["hidden"] and not picture["empty"], (page, picture)
@@ -387,11 +398,5 @@ def test_pictures_are_visible_on_a_phone(browser, address, site, theme):
 
 
 @needs_sphinx
-def test_no_page_is_wider_than_a_phone(browser, address, site):
-    wide = {}
-    for page in pages(site):
-        look(browser, f"{address}/{page}", PHONE)
-        width = browser.execute_script("return document.documentElement.scrollWidth")
-        if width > PHONE["width"]:
-            wide[page] = width
-    assert wide == {}
+def test_no_page_is_wider_than_a_phone(on_a_phone):
+    assert {page: width for page, (width, _) in on_a_phone.items() if width > PHONE["width"]} == {}
