@@ -34,7 +34,7 @@ def test_a_text_of_ones_own_is_cut_at_its_end(tmp_path):
 
 
 def test_a_byte_does_not_see_what_comes_after_it(rng):
-    params = text.init(jax.random.key(0), SMALL)
+    params = jax.jit(lambda key: text.init(key, SMALL))(jax.random.key(0))
     read = rng.integers(0, 256, (1, 8)).astype(np.uint8)
     scores = jax.jit(text.logits)
     one, other = scores(params, read), scores(params, np.where(np.arange(8) < 5, read, 255 - read).astype(np.uint8))
@@ -43,8 +43,7 @@ def test_a_byte_does_not_see_what_comes_after_it(rng):
 
 
 def test_matrices_of_blocks_are_orthogonalized_and_embeddings_are_not():
-    params = text.init(jax.random.key(0), SMALL)
-    dims = text.matrices(params)
+    dims = text.matrices(jax.eval_shape(lambda key: text.init(key, SMALL), jax.random.key(0)))
     assert dims["embed"] is dims["head"] is dims["position"] is dims["blocks"]["norm"] is None
     assert dims["blocks"]["up"] == dims["blocks"]["attention"] == MuonDimensionNumbers(-2, -1)
 
@@ -90,7 +89,8 @@ def test_every_method_is_tuned_and_trained_and_drawn(tmp_path, monkeypatch):
     """With trainings that are only a parabola of the logarithm of the learning rate: the best one is 3e-3 for all."""
 
     def trainer(make, shape, *, split="validate"):
-        jax.eval_shape(make(text.cosine(0.1, 16)).init, text.init(jax.random.key(0), shape))
+        params = jax.eval_shape(lambda key: text.init(key, shape), jax.random.key(0))
+        jax.eval_shape(make(text.cosine(0.1, 16)).init, params)
 
         def train(peak, seed):
             loss = 1.5 + 0.01 * seed + np.log2(max(peak, 1e-9) / 3e-3) ** 2 + (split == "tune")
