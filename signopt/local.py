@@ -29,6 +29,7 @@ import optax
 from signopt import _axis
 from signopt import _check
 from signopt import momentum
+from signopt import sign
 from signopt.workers import state as workers
 
 
@@ -165,6 +166,7 @@ def local_steps(
         return LocalStepsState(own.init(params), parts.init(params), jnp.zeros([], jnp.int32))
 
     def update_fn(updates, state, params=None, *, present=None, **extra_args):
+        sign.require_floating(updates, caller)
         anchor = _check.params(params, caller, "a worker steps from `params` plus its offset")
         age = state.count + 1 - delay  # steps whose outcome can be exchanged now
         is_always_due = pause == 1 and delay == 0
@@ -259,7 +261,8 @@ def _own_steps(inner, delay, reset_inner):
     inner = momentum.count_notfinite(inner, "local_steps")
 
     def init_fn(params):
-        return OwnSteps(jax.tree.map(jnp.zeros_like, params), inner.init(params))
+        offset = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.result_type(p)), params)  # weakly typed in no case
+        return OwnSteps(offset, inner.init(params))
 
     def update_fn(updates, state, params=None, *, is_due, leaves, present=None, **extra_args):
         here = jax.tree.map(lambda p, o: p + o, params, state.offset)

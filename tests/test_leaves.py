@@ -99,15 +99,17 @@ def test_every_transformation_takes_every_leaf(name):
     check(make(), LEAVES, moved)
 
 
+WITHOUT_SIGN = ("float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu", "float4_e2m1fn", "int32", "uint8", "bool")
+
+
 @pytest.mark.parametrize("row", conformance.ROWS, ids=lambda row: row.name)
-@pytest.mark.parametrize(
-    "dtype", ("float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu", "float4_e2m1fn", "int32", "uint8", "bool")
-)
-def test_leaves_without_a_sign_are_refused(row, dtype):
-    optimizer, leaf = row.make(), jnp.ones(3, dtype)
+def test_leaves_without_a_sign_are_refused(row):
+    optimizer = row.make()
     state = optimizer.init({"w": jnp.ones(3)})
-    with pytest.raises(TypeError, match=rf"has to be given floating-point leaves.* {dtype} at `updates\['w'\]`"):
-        optimizer.update({"w": leaf}, state, {"w": leaf})
+    for dtype in WITHOUT_SIGN:
+        leaves = {"w": jnp.ones(3, dtype)}
+        with pytest.raises(TypeError, match=rf"has to be given floating-point leaves.* {dtype} at `updates\['w'\]`"):
+            jax.eval_shape(optimizer.update, leaves, state, leaves)
 
 
 @pytest.mark.parametrize("make", (signopt.signsgd, signopt.signum, signopt.lion))
