@@ -51,6 +51,8 @@ from signopt import _float
 # Above it the noise of a unimodal, symmetric gradient hardly ever hides its sign: Gauss's bound changes its form here.
 CRITICAL_SIGNAL_TO_NOISE = 2 / math.sqrt(3)
 
+Number = float | jax.Array
+
 _DEPTH = 40  # integrands are cut where they are e^-40 of their largest value
 _NODES, _WEIGHTS = (x / 2 for x in np.polynomial.legendre.leggauss(32))  # on [-1/2, 1/2]
 
@@ -72,8 +74,8 @@ def sign_error_markov(signal_to_noise: ArrayLike) -> jax.Array:
 def sign_error_cantelli(signal_to_noise: ArrayLike) -> jax.Array:
     r"""Bound the probability of a wrong sign for any noise of finite variance: :math:`q \le 1 / (1 + S^2)`.
 
-    Attained by noise of two values, one of them just past zero: no better bound exists without another assumption. It
-    is below one half, so that more workers help, only for :math:`S > 1`.
+    Noise of two values attains it, one of them just past zero, so no better bound exists without another assumption. It is
+    below one half only for :math:`S > 1`; there more workers help.
 
     References:
       The proof of Theorem 2(a) of `signSGD`_.
@@ -147,7 +149,7 @@ def vote_error(sign_error: ArrayLike, num_workers: int) -> jax.Array:
 # ---- rates with growing batches --------------------------------------------------------------------------------------
 
 
-def signsgd_rate(steps: int, *, gap: float, smoothness: float, noise: float) -> float:
+def signsgd_rate(steps: Number, *, gap: Number, smoothness: Number, noise: Number) -> Number:
     r"""Bound :math:`E[\min_k \|g_k\|_1]` for signSGD, one worker or a vote of several.
 
     .. math::
@@ -169,7 +171,7 @@ def signsgd_rate(steps: int, *, gap: float, smoothness: float, noise: float) -> 
     return (_root(smoothness) * (gap + 0.5) + 2 * noise) / _root(steps)
 
 
-def majority_vote_rate(steps: int, *, gap: float, smoothness: float, noise: float, num_workers: int) -> float:
+def majority_vote_rate(steps: Number, *, gap: Number, smoothness: Number, noise: Number, num_workers: int) -> Number:
     r"""Bound :math:`E[\min_k \|g_k\|_1]` for a vote of M workers with unimodal, symmetric noise.
 
     `signsgd_rate` with :math:`\|\sigma\|_1 / \sqrt M` for :math:`\|\sigma\|_1`: what averaging would do.
@@ -181,8 +183,8 @@ def majority_vote_rate(steps: int, *, gap: float, smoothness: float, noise: floa
 
 
 def adversarial_vote_rate(
-    steps: int, *, gap: float, smoothness: float, noise: float, num_workers: int, adversaries: float
-) -> float:
+    steps: Number, *, gap: Number, smoothness: Number, noise: Number, num_workers: int, adversaries: Number
+) -> Number:
     r"""Bound the mean of :math:`E\|g_k\|_1` over K steps when a fraction of the workers sends inverted signs.
 
     .. math::
@@ -234,7 +236,7 @@ def mixed_norm(gradient: ArrayLike, deviation: ArrayLike) -> jax.Array:
     return jnp.sum(jnp.where(above, size, below), axis=-1)
 
 
-def small_batch_rate(steps: int, *, gap: float, smoothness: float) -> float:
+def small_batch_rate(steps: Number, *, gap: Number, smoothness: Number) -> Number:
     r"""Bound the mean of the `mixed_norm` of the gradient over K steps of signSGD with one sample each.
 
     .. math::
@@ -303,7 +305,7 @@ def warmup_steps(beta: float) -> int:
 # ---- adaptive MH-signSGD ---------------------------------------------------------------------------------------------
 
 
-def vote_advantage(num_workers: int, *, deviation: float, largest_gradient: float) -> float:
+def vote_advantage(num_workers: int, *, deviation: Number, largest_gradient: Number) -> Number:
     r"""The constant c of MH-signSGD's theorems for normal noise: :math:`1 - 2 P_i \ge c |g_i|` for the vote's errors.
 
     .. math::
@@ -330,15 +332,15 @@ def vote_advantage(num_workers: int, *, deviation: float, largest_gradient: floa
         raise ValueError(f"`{caller}(num_workers=...)` has to be odd, got {num_workers}.")
     _check.positive(deviation, caller, "deviation")
     _check.at_least(0, largest_gradient, caller, "largest_gradient")
-    is_number = isinstance(largest_gradient, int | float) and isinstance(deviation, int | float)
-    if not is_number:
-        dtype = _dtype(largest_gradient, deviation)
-        largest_gradient, deviation = jnp.asarray(largest_gradient, dtype), jnp.asarray(deviation, dtype)
-    found = _advantage(_float.widen(largest_gradient / deviation), (num_workers - 1) // 2)
-    return (float(found) if is_number else found) / deviation
+    k = (num_workers - 1) // 2
+    if isinstance(largest_gradient, int | float) and isinstance(deviation, int | float):
+        return float(_advantage(_float.widen(largest_gradient / deviation), k)) / deviation
+    dtype = _dtype(largest_gradient, deviation)
+    noise = jnp.asarray(deviation, dtype)
+    return _advantage(jnp.asarray(largest_gradient, dtype) / noise, k) / noise
 
 
-def mh_signsgd_rate(steps: int, *, gap: float, smoothness: float, advantage: float) -> float:
+def mh_signsgd_rate(steps: Number, *, gap: Number, smoothness: Number, advantage: Number) -> Number:
     r"""Bound :math:`\min_k E\|g_k\|_2^2` for a vote with learning rate :math:`1 / \sqrt K` and batches of any size.
 
     .. math::

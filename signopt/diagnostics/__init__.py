@@ -1,7 +1,7 @@
 r"""Does a model like signs? What to measure, and what it means.
 
-Signs throw magnitudes away. That costs little where gradients are dense (all of about one size) compared with their noise
-and with the curvature, and much where a few coordinates carry the gradient. The density of a vector v of d entries,
+Signs throw magnitudes away. That costs much where a few coordinates carry the gradient. It costs little where the gradient
+is dense, all of about one size, compared with its noise and with the curvature. The density of a vector v of d entries,
 
 .. math::
   \phi(v) = \frac{\|v\|_1^2}{d \, \|v\|_2^2} \in \Big[\frac1d, 1\Big],

@@ -146,8 +146,8 @@ def sign_error_probability(samples: Any, gradient: Any = None) -> Any:
     .. math::
       P_i = \frac12 \Big(1 - \operatorname{sign}(g_i) \frac1n \sum_{j=1}^n \operatorname{sign}(\tilde g_{j,i})\Big),
 
-    which counts a sample without a sign as half an error, since it neither helps nor harms, and is ½ where the gradient
-    has none. Bounds from the signal-to-noise ratio: `signopt.theory.sign_error_gauss` (unimodal, symmetric noise) and
+    A sample without a sign counts as half an error, since it neither helps nor harms. Where the gradient has no sign the
+    probability is ½. Bounds from the signal-to-noise ratio: `signopt.theory.sign_error_gauss` (unimodal, symmetric noise) and
     `sign_error_cantelli` (any).
 
     Args:

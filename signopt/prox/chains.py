@@ -1,14 +1,14 @@
 """Exact one-dimensional total-variation denoising, in vector operations only.
 
-Along a chain, the entries of the solution above any level :math:`c` are the minimum cut of a two-label problem whose
-costs are :math:`c - y_i`, so a solution can be found by cutting: give every segment the mean of its data as its level,
-cut it where entries would rather lie on different sides, and repeat until nobody wants to move. Each round costs a few
-scans over the data for all segments at once. Segments whose data lie within a factor of a few of each other are cut
-near their middle, so a million points take about twenty rounds; data that grow geometrically take more, but the range
-of the floats bounds that too.
+Take any level :math:`c`. Which entries of the solution lie above it is a two-label problem with costs :math:`c - y_i`: a
+minimum cut. So a solution is found by cutting. Every segment has the mean of its data as its level. It is cut where its
+entries would rather lie on different sides of that, and this is repeated until no entry wants to move.
 
-The textbook algorithms (the taut string, Condat's, Johnson's) are sequential: right for one core, unusable on an
-accelerator, and quadratic under `jax.vmap`, which copies their buffers in every iteration. This one is neither.
+A round costs a few scans over the data, for all segments at once. Most segments are cut near their middle, so a million
+points take about twenty rounds. Data that grow geometrically take more, but the range of the floats bounds that too.
+
+The textbook algorithms (the taut string, Condat's, Johnson's) are sequential. That is right for one core, but an
+accelerator cannot use it, and `jax.vmap` makes it quadratic, because it copies their buffers in every iteration.
 """
 
 from collections.abc import Callable
@@ -35,15 +35,15 @@ def denoise(y: Float[Array, "*rows n"], strength: Float[Array, ""] | float) -> F
       strength: :math:`\lambda \ge 0`; may be traced.
 
     Returns:
-      The minimizer. Within a segment of equal values it is the mean of the data, plus or minus what its two neighbours
-      pull; that is also how it is differentiated, so gradients with respect to `y` and `strength` are exact wherever
-      the segments do not change.
+      The minimizer. Within a segment of equal values it is the mean of the data, plus or minus what the two neighbours
+      pull. It is differentiated in this form, so gradients with respect to `y` and `strength` are exact wherever the
+      segments do not change. An infinite entry stays, and pulls at its neighbours; NaN shows in all of its row.
 
     References:
       Hochbaum, `An efficient algorithm for image segmentation, Markov random fields and related problems
       <https://doi.org/10.1145/502090.502093>`_, 2001, for the cut at every level. We cut all segments of a chain at
-      once and find a cut by a scan: the messages of the two-label problem are :math:`D \mapsto \operatorname{clip}(D +
-      a, l, h)`, a family that is closed under composition.
+      once, and find a cut by a scan: the messages of the two-label problem are :math:`D \mapsto \operatorname{clip}(D +
+      a, l, h)`, and two of these make another.
     """
     if y.size == 0:
         return y

@@ -221,7 +221,7 @@ def binary(strength: Scalar) -> Prox:
       \operatorname*{argmin}_x \tfrac{1}{2\tau} \|x - y\|_2^2 + \lambda \sum_i \big||x_i| - 1\big|
       = \operatorname{sign}(y) \Big(1 + \operatorname{sign}(|y| - 1) \max\big(\big||y| - 1\big| - \tau \lambda, 0\big)\Big)
 
-    Not convex: 0 is as near to -1 as to +1, and goes to +1. Let the strength grow during training, as a schedule of
+    It is not convex: 0 is as near to -1 as to +1, and goes to +1. Let the strength grow during training, as a schedule of
     `optax.inject_hyperparams`, until every weight is on one of the two.
 
     Args:

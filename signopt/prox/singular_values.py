@@ -12,8 +12,8 @@ def shrink(y: Float[Array, "*batch rows columns"], threshold: Float[Array, ""]) 
     .. math::
       F(Y) = U \operatorname{diag}(f(\sigma))\, V^\top, \qquad f(\sigma) = \max(\sigma - t, 0).
 
-    Its derivative is taken as a whole (Daleckii and Krein), since that of the decomposition alone does not exist where
-    two singular values are equal, as they are for a zero matrix. With :math:`D = U^\top dY\, V` and its symmetric and
+    The derivative of the decomposition does not exist where two singular values are equal, as they are for a zero matrix.
+    That of F does (Daleckii and Krein). With :math:`D = U^\top dY\, V` and its symmetric and
     antisymmetric halves A and B,
 
     .. math::

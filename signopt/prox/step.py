@@ -5,11 +5,11 @@ To minimize :math:`f(x) + r(x)`, SignProx steps along the signs of the prox-grad
 .. math::
   x_{t+1} = x_t - \delta_t \operatorname{sign}\big(x_t - \operatorname{prox}_{\tau r}(x_t - \tau g_t)\big),
 
-one bit for each entry. That is not the proximal operator after a sign step,
-:math:`\operatorname{prox}_{\delta r}(x_t - \delta_t \operatorname{sign}(g_t))`: the mapping is zero exactly where
-:math:`f + r` is stationary, while a sign step has a fixed length that no penalty weaker than it can balance.
-`scale_by_prox_gradient` is the first and solves the problem that is written down; `prox_step` after a sign is the
-second and does what decoupled weight decay does: useful, but with fixed points of its own.
+one bit for each entry. `scale_by_prox_gradient` is this mapping. It is zero exactly where :math:`f + r` is stationary.
+
+The proximal operator after a sign step, :math:`\operatorname{prox}_{\delta r}(x_t - \delta_t \operatorname{sign}(g_t))`,
+is something else. A sign step has a fixed length, which no weaker penalty can balance. `prox_step` after a sign is this
+second form. It is useful as decoupled weight decay is, but its fixed points are not those of :math:`f + r`.
 """
 
 from typing import Any, NamedTuple
@@ -57,9 +57,9 @@ def scale_by_prox_gradient(
       G_\tau(x) = \frac{x - \operatorname{prox}_{\tau r}(x - \tau g)}{\tau}
                 = g + \frac{y - \operatorname{prox}_{\tau r}(y)}{\tau}, \qquad y = x - \tau g.
 
-    Computed in the second form, in float32 at least, from the residual that the operator itself gives: in the first form
-    x cancels, and with it the gradient's last bits or all of them. Where the operator returns exactly zero, :math:`x /
-    \tau` has the fewest rounding errors and is taken instead, so that an entry that rests on zero abstains.
+    It is computed in the second form, in float32 at least, from the residual that the operator itself gives. In the first
+    form x cancels, and the gradient's last bits are lost, or all of them. Where the operator returns exactly zero the
+    mapping is :math:`x / \tau`, so an entry that rests on zero abstains.
 
     Args:
       prox: A penalty of `signopt.prox`, or a function `prox(x, step_size) -> x`. A `sampled` one is drawn anew in every
@@ -72,8 +72,8 @@ def scale_by_prox_gradient(
       axis_name: The workers, if each shall draw for itself from a `sampled` penalty.
 
     Returns:
-      A transformation that needs `params` in `update`. Updates come back in their own dtypes; an entry that was not
-      finite is not finite then, and casts no vote.
+      A transformation that needs `params` in `update`. Updates come back in their own dtypes. An entry that was not
+      finite stays so, and casts no vote.
 
     Raises:
       ValueError: If not exactly one of `step_size` and `reach` is given, or it is not positive; in `update`, if `params`
@@ -160,9 +160,8 @@ def prox_step(prox: Prox | Operator, learning_rate: optax.ScalarOrSchedule) -> o
     .. math::
       u \;\mapsto\; \operatorname{prox}_{\alpha_t r}(x + u) - x
 
-    After `optax.sgd` this is the proximal gradient method. After a sign or Adam it is a decoupled penalty, in the way
-    that AdamW's decay is decoupled: its fixed points are not those of loss plus penalty (`scale_by_prox_gradient` has
-    those), but its zeros are exact.
+    After `optax.sgd` this is the proximal gradient method. After a sign or Adam the penalty is decoupled, as AdamW's decay
+    is. Its zeros are exact, but its fixed points are not those of loss plus penalty: `scale_by_prox_gradient` has those.
 
     Args:
       prox: A penalty of `signopt.prox`, or a function `prox(x, step_size) -> x`. Under `optax.inject_hyperparams`, name
@@ -223,7 +222,7 @@ def polish(params: Any, prox: Prox | Operator, step_size: Scalar, *, gradient: A
     .. math::
       \operatorname{prox}_{\tau r}(x - \tau g)
 
-    Iterates of SignProx hover within one learning rate of zero and are never exactly on it; this puts them there.
+    Iterates of SignProx hover within one learning rate of zero and are never exactly on it. This puts them there.
 
     Args:
       params: Parameters.
