@@ -21,7 +21,7 @@ def test_the_page_has_the_tables_of_the_kept_records_and_at_most_250_lines():
         shown |= set(report._TABLE.findall(page))
     assert len(report.README.read_text(encoding="utf-8").splitlines()) <= 250
     kept = {path.name for path in report.MEASURED.iterdir()}
-    assert kept == shown & kept  # every record that is kept is shown
+    assert kept <= shown  # every record that is kept is shown
 
 
 def test_a_number_that_somebody_wrote_by_hand_is_replaced():

@@ -98,7 +98,7 @@ def written(text: str, load: Callable[[str], Any]) -> str:
     def table(match):
         name = match[1]
         if not (MEASURED / name / recorded.FILE).exists():
-            return f"<!-- report: {name} -->\n*No records are kept; the numbers are of earlier runs.*\n<!-- end -->"
+            return f"<!-- report: {name} -->\n*No records are kept yet.*\n<!-- end -->"
         found = recorded.read(MEASURED / name / recorded.FILE)
         header = found[0]
         versions = ", ".join(f"{package} {header['versions'][package]}" for package in ("signopt", "jax"))
