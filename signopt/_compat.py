@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax.extend.core import unsafe_get_axis_names_DO_NOT_USE
+from jax.extend.core import unsafe_get_axis_names_DO_NOT_USE  # pyright: ignore[reportPrivateImportUsage]
 
 
 def gather_vmapped(x: jax.Array, name: Hashable) -> jax.Array:

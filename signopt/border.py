@@ -35,7 +35,7 @@ what is decided.
 
 from collections.abc import Callable, Mapping
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 from jax import lax
@@ -247,7 +247,7 @@ def exchange(
         present = jnp.ones([], bool) if context.present is None else jnp.asarray(context.present, bool)
         return (out, seen), Own(memory, jax.tree.map(border.hold, updates), _axis.to_varying(present, axis_name))
 
-    own_tx = optax.GradientTransformationExtraArgs(init_own, update_own)
+    own_tx: Any = optax.GradientTransformationExtraArgs(init_own, cast(Any, update_own))
     if remembers and num_workers is not None:
         own_tx = states.per_worker(own_tx, num_workers, axis_name=axis_name)
 
@@ -274,7 +274,7 @@ def exchange(
         own = state.own if remembers else Own()
         (updates, seen), own = own_tx.update(updates, own, context=context, first=state.count == 0)
         report = () if report_like is None else seen
-        return updates, BorderState(optax.safe_increment(state.count), report, own if remembers else ())
+        return updates, BorderState(jnp.asarray(optax.safe_increment(state.count)), report, own if remembers else ())
 
     # A report is about all entries, and what is remembered has the size of whole leaves.
     if border.entrywise and not remembers and report_like is None:
@@ -285,8 +285,9 @@ def exchange(
 def run(border: Border, updates: Any, memory: Memory, context: Context) -> tuple[Any, Memory, Any]:
     """Exchange once: the updates that all agree on, what is remembered, and what the servers reported, added up."""
     message, left = border.encode(updates, memory.worker, context)
-    if context.present is not None:  # what an absent worker would have sent stays with it
-        left = jax.tree.map(lambda new, old: jnp.where(context.present, new, old), left, memory.worker)
+    present = context.present
+    if present is not None:  # what an absent worker would have sent stays with it
+        left = jax.tree.map(lambda new, old: jnp.where(present, new, old), left, memory.worker)
     if border.decide is None:
         at_server, decisions = memory.server, _axis.total(message, context.axis_name)
         seen = decisions

@@ -224,8 +224,8 @@ def _scale_by_onebit_adam(b1, b2, eps, axis_name, num_workers, settled, look_eve
         look_every = max(1, round(1 / (1 - b2)))
     _check.count(look_every, caller, "look_every")
     codec = codecs.scaled_sign(block=block)
-    compressed = mean(axis_name, uplink=codec, downlink=codec, num_workers=num_workers)
-    dense = borders.exchange(axis_name, plain(), caller=caller)
+    compressed: Any = mean(axis_name, uplink=codec, downlink=codec, num_workers=num_workers)
+    dense: Any = borders.exchange(axis_name, plain(), caller=caller)
 
     def _scales(nu, steps):
         """What momenta are divided by once the second moment stands still."""
@@ -245,7 +245,7 @@ def _scale_by_onebit_adam(b1, b2, eps, axis_name, num_workers, settled, look_eve
 
     def update_fn(updates, state, params=None, *, present=None, **extra_args):
         del params, extra_args
-        count = optax.safe_increment(state.count)
+        count = jnp.asarray(optax.safe_increment(state.count))
         grads = jax.tree.map(lambda g: borders.finite(jnp.asarray(g).astype(jnp.float32)), updates)
 
         def in_floats():
@@ -285,12 +285,13 @@ def _scale_by_onebit_adam(b1, b2, eps, axis_name, num_workers, settled, look_eve
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _decay_at(learning_rate, weight_decay, mask, caller):
+def _decay_at(learning_rate: Any, weight_decay: Any, mask: Any, caller: str) -> optax.GradientTransformation:
     """Weight decay where the learning rate has been applied already."""
     if _check.is_zero(weight_decay):
         return warning(optax.identity(), caller)
     if callable(learning_rate):
-        shrink = optax.add_decayed_weights(lambda step: -learning_rate(step) * weight_decay, mask)
+        schedule: Any = learning_rate
+        shrink = optax.add_decayed_weights(lambda step: -schedule(step) * weight_decay, mask)
     else:
         shrink = optax.add_decayed_weights(-learning_rate * weight_decay, mask)
     return warning(shrink, caller)

@@ -18,7 +18,7 @@ So the new offset is the inner step alone, and no copy of what travels is needed
 exchanged at a time, in turn, and outer state is kept for each of them.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 from jax import lax
@@ -158,7 +158,7 @@ def local_steps(
             f"`{caller}(reset_inner=...)` has to be False with fragments={fragments}, got {reset_inner!r}: there is no step "
             "in which all of a worker's parameters start anew."
         )
-    own = workers.per_worker(_own_steps(inner, delay, reset_inner), num_workers)
+    own: Any = workers.per_worker(_own_steps(inner, delay, reset_inner), num_workers)
     parts = _Parts(optax.with_extra_args_support(outer), fragments)
     pause = every // fragments  # steps from one exchange to the next
 
@@ -235,7 +235,8 @@ def local_params(opt_state: optax.OptState, params: optax.Params) -> optax.Param
         )
     (own,) = (state.own for state in found)
     anchors, treedef = jax.tree.flatten(params)
-    offsets = jax.tree.leaves(own.per_worker.offset)
+    steps: Any = own.per_worker
+    offsets = jax.tree.leaves(steps.offset)
     if own.worker.shape == (1,):
         offsets = [x[0] for x in offsets]
     shapes = [jnp.shape(x)[own.worker.size > 1 :] if own.worker.ndim else jnp.shape(x) for x in offsets]
@@ -258,7 +259,7 @@ def _own_steps(inner, delay, reset_inner):
 
     Its updates are what is exchanged: the offset after this step, or before it if the decision is late.
     """
-    inner = momentum.count_notfinite(inner, "local_steps")
+    inner: Any = momentum.count_notfinite(inner, "local_steps")
 
     def init_fn(params):
         offset = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.result_type(p)), params)  # weakly typed in no case
@@ -281,7 +282,7 @@ def _own_steps(inner, delay, reset_inner):
             new_state = jax.tree.map(lambda new, old: jnp.where(present, new, old), new_state, state)
         return sent, new_state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(init_fn, cast(Any, update_fn))
 
 
 class _Parts:

@@ -9,7 +9,7 @@ what the workers send. Everything that is no matrix is averaged as it is, in the
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 from jax import lax
@@ -123,7 +123,7 @@ def low_rank_mean(
             left = jax.tree.map(lambda new, old: jnp.where(context.present, new, old), left, residual)
         return (found, new_factors), left
 
-    own_tx = optax.GradientTransformationExtraArgs(init_own, update_own)
+    own_tx: Any = optax.GradientTransformationExtraArgs(init_own, cast(Any, update_own))
     if num_workers is not None:
         own_tx = states.per_worker(own_tx, num_workers, axis_name=axis_name)
 
@@ -145,7 +145,7 @@ def low_rank_mean(
         _axis.require_varying(updates, axis_name, caller)
         (found, factors), own = own_tx.update(updates, state.own, factors=state.factors, context=context)
         found = jax.tree.map(lambda x, u: x.astype(u.dtype), found, updates)
-        return found, LowRankMeanState(optax.safe_increment(state.count), factors, own)
+        return found, LowRankMeanState(jnp.asarray(optax.safe_increment(state.count)), factors, own)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

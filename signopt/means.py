@@ -118,7 +118,8 @@ def mean(
         _require_loss(caller, memory, uplink, downlink)
         return borders.exchange(axis_name, plain(), caller=caller, delay=delay, num_workers=num_workers)
     border = _served(caller, _weighted_mean, uplink, downlink, server, memory, key, report)
-    statistics = MeanStatistics(*(jax.ShapeDtypeStruct((), jnp.float32) for _ in MeanStatistics._fields))
+    number: Any = jax.ShapeDtypeStruct((), jnp.float32)
+    statistics = MeanStatistics(number, number, number)
     return borders.exchange(
         axis_name,
         border,
@@ -259,8 +260,8 @@ def _served(caller, aggregate, uplink, downlink, server, memory, key, report) ->
         server = optax.with_extra_args_support(server)
         _require_no_params(caller, server)
 
-    def encode(updates, memory, context):
-        target = jax.tree.map(lambda x: borders.finite(_float.widen(x)), updates)
+    def encode(updates: Any, memory: Any, context: borders.Context):
+        target: Any = jax.tree.map(lambda x: borders.finite(_float.widen(x)), updates)
         if at_workers:
             target = jax.tree.map(lambda x, e: x + e.astype(x.dtype), target, memory)
         rows = borders.rows(target, context).astype(jnp.float32)
@@ -282,7 +283,8 @@ def _served(caller, aggregate, uplink, downlink, server, memory, key, report) ->
         norm = jnp.sum(decided**2)
         kept = memory
         if server is not None:
-            decided, state = server.update(decided, memory.state, None)
+            served: Any = server.update(decided, memory.state, None)
+            decided, state = served
             kept = kept._replace(state=jax.tree.map(_finite_or_old, state, memory.state))
         if at_servers:
             decided = decided + memory.residual

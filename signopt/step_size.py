@@ -179,8 +179,8 @@ def at_found_rate(
         _check.positive(
             smoothness, caller, "smoothness", "Pass `signopt.measured_smoothness(key)` to have it measured."
         )
-    number = jax.ShapeDtypeStruct((), jnp.float32)
-    voting = borders.exchange(
+    number: Any = jax.ShapeDtypeStruct((), jnp.float32)
+    voting: Any = borders.exchange(
         axis_name,
         _by_sum(estimator, report) if wire == "psum" else _by_count(wire, report),
         caller=caller,
@@ -287,7 +287,7 @@ def _given(smoothness: Any, params: Any) -> Any:
 
 def _by_sum(estimator: str, report: bool) -> borders.Border:
     """Every worker learns the sum of the signs, and looks at all coordinates; then one number is averaged."""
-    plain = vote.by_sum(0.0, None, report)
+    plain: Any = vote.by_sum(0.0, None, report)
 
     def observe(sums, updates, context):
         statistics = plain.observe(sums, updates, context) if report else ()
@@ -318,7 +318,7 @@ def _by_sum(estimator: str, report: bool) -> borders.Border:
 
 def _by_count(wire: str, report: bool) -> borders.Border:
     """The server of a row learns the margins there, and looks at its own magnitudes there; the shares are added up."""
-    packed = vote.by_bits(wire, 0.0, None, report)
+    packed: Any = vote.by_bits(wire, 0.0, None, report)
 
     def keep(updates, context):
         present = jnp.ones([], jnp.float32) if context.present is None else jnp.asarray(context.present, jnp.float32)

@@ -164,8 +164,9 @@ def _statistics(counted: Counted, context: borders.Context) -> VoteStatistics:
 
 def statistics_like() -> VoteStatistics:
     """Their shapes and dtypes."""
-    number = jax.ShapeDtypeStruct((), jnp.float32)
-    return VoteStatistics(jax.ShapeDtypeStruct((), jnp.int32), *(number for _ in VoteStatistics._fields[1:]))
+    number: Any = jax.ShapeDtypeStruct((), jnp.float32)
+    workers: Any = jax.ShapeDtypeStruct((), jnp.int32)
+    return VoteStatistics(workers, number, number, number, number)
 
 
 # ---- the definition ------------------------------------------------------------------------------------------------
@@ -218,9 +219,10 @@ def signs_to_add(updates: Any, context: borders.Context) -> Any:
     """This worker's votes, in the smallest integers that hold the sum of everybody's."""
     dtype = ballot_dtype(context.num_workers)
     votes = jax.tree.map(lambda x: sign.vote(x).astype(dtype), updates)
-    if context.present is None:
+    present = context.present
+    if present is None:
         return votes
-    return jax.tree.map(lambda t: jnp.where(context.present, t, jnp.zeros_like(t)), votes)
+    return jax.tree.map(lambda t: jnp.where(present, t, jnp.zeros_like(t)), votes)
 
 
 def ballot_dtype(num_workers: int) -> jnp.dtype:

@@ -2,7 +2,7 @@
 
 from fractions import Fraction
 import math
-from typing import Any
+from typing import Any, cast
 
 import jax
 from jax.sharding import AbstractMesh
@@ -59,13 +59,13 @@ def bytes_sent(
     _check.count(num_workers, "bytes_sent", "num_workers")
     if isinstance(border, str):
         _check.choice(border, ("one_bit", "two_bit", "psum", "mean"), "bytes_sent", "border")
-        tx = mean(axis_name) if border == "mean" else majority_vote(axis_name, wire=border)
+        tx = mean(axis_name) if border == "mean" else majority_vote(axis_name, wire=cast(Wire, border))
     else:
         tx = border
     tx = optax.with_extra_args_support(tx)
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(_float.shape(x), jax.numpy.result_type(x)), tree)
     state = jax.eval_shape(tx.init, like)
-    names = _axis.names(axis_name)
+    names: Any = _axis.names(axis_name)
     mesh = AbstractMesh((num_workers,), names, axis_types=(AxisType.Auto,))
     specs = states.partition_specs(state, axis_name)
     step = jax.shard_map(

@@ -214,7 +214,7 @@ def run(config: Config) -> Iterator[Record]:
             for peak, loss in language.tuned(lambda peak, train=held_out: float(train(peak, 0).held_out[-1]), rate):
                 tried[peak] = loss
                 yield {"kind": "tune", "run": name, "learning_rate": peak, "loss": loss}
-            rate = min(tried, key=tried.get)
+            rate = min(tried, key=lambda peak: tried[peak])
         train, sent = trainer("validate", shape), bits(one, config, params)
         for seed in range(config.seeds):
             curve = train(rate, seed)

@@ -39,7 +39,8 @@ def vote_statistics(updates: Any, axis_name: _axis.AxisName) -> VoteStatistics:
         caller="vote_statistics",
         report_like=vote.statistics_like(),
     )
-    return tx.update(updates, tx.init(updates))[1].report
+    state: Any = tx.update(updates, tx.init(updates))[1]
+    return state.report
 
 
 def warn_if_unanimous(statistics: VoteStatistics) -> bool:

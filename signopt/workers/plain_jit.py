@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 import jax
+from jax.core import Tracer
 import jax.numpy as jnp
 from jax.sharding import AxisType
 from jax.sharding import Mesh
@@ -176,7 +177,7 @@ def _init(init: Callable, params: Any, declared: _shards.Declared | None, mesh: 
     check_num_workers(shapes, math.prod(mesh.shape[name] for name in names), "in_jit")
     specs = jax.tree.map_with_path(spec_of, shapes, owners(shapes))
     specs = jax.tree.map(lambda x, spec: _as_jax_writes_it(spec, x.ndim, mesh), shapes, specs)
-    if any(isinstance(x, jax.core.Tracer) for _, x in named):
+    if any(isinstance(x, Tracer) for _, x in named):
         return jax.tree.map(lambda x, spec: _constrained(x, spec, mesh, names, declared), init(params), specs)
     if _layout.lie_on((x for _, x in named), mesh):
         return jax.jit(init, out_shardings=jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs))(params)
@@ -194,7 +195,7 @@ def _as_jax_writes_it(spec, rank, mesh):
 def _spec_of_param(path, x, declared, mesh):
     if declared is not None:
         return _shards.spec_at(declared, path) or PartitionSpec()
-    return x.sharding.spec if not isinstance(x, jax.core.Tracer) and _layout.lie_on([x], mesh) else PartitionSpec()
+    return x.sharding.spec if not isinstance(x, Tracer) and _layout.lie_on([x], mesh) else PartitionSpec()
 
 
 def _constrained(x, spec, mesh, names, declared):

@@ -7,6 +7,7 @@ axis, so that a checkpoint holds all of it, a mesh shards it, and its type says 
 from typing import Any, NamedTuple
 
 import jax
+from jax.core import Tracer
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 import numpy as np
@@ -242,7 +243,7 @@ def _entries_served(state: Any) -> dict[tuple, int]:
     for path, x in jax.tree.leaves_with_path(state):
         names = tuple(map(_name, path))
         if names[-2:] == ("server", "entries"):
-            if not isinstance(x, jax.Array | np.ndarray) or isinstance(x, jax.core.Tracer):
+            if not isinstance(x, jax.Array | np.ndarray) or isinstance(x, Tracer):
                 raise TypeError(
                     f"`resize(state=...)` has to be given values where servers remember, got {x} at "
                     f"`state{jax.tree_util.keystr(path)}`. Restore the state of the old workers first, outside of `jax.jit`."
