@@ -259,7 +259,7 @@ def _own_steps(inner, delay, reset_inner):
 
     Its updates are what is exchanged: the offset after this step, or before it if the decision is late.
     """
-    inner: Any = momentum.count_notfinite(inner, "local_steps")
+    inner = cast(Any, momentum.count_notfinite(inner, "local_steps"))
 
     def init_fn(params):
         offset = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.result_type(p)), params)  # weakly typed in no case
