@@ -320,11 +320,11 @@ def test_parameters_from_the_host_will_do(devices):
 
 def test_what_is_not_voted_on_is_refused(devices):
     mesh = mesh_of(devices)
-    for tx in (optax.sgd(0.1), signopt.signum(0.1, axis_name="d")):
+    unvoted = r"`in_jit\(tx\)` has to be given a chain with a border .* `num_workers=...`"
+    unmarked = r"has to be given state of each worker's own, got state that is the same on every worker"
+    for tx, sentence in ((optax.sgd(0.1), unvoted), (signopt.signum(0.1, axis_name="d"), unmarked)):
         run = workers.in_jit(tx, mesh, axis_name="d")
-        with pytest.raises(
-            ValueError, match=r"`in_jit\(tx\)` has to be given a chain with a border .* `num_workers=...`"
-        ):
+        with pytest.raises(ValueError, match=sentence):
             jax.jit(run.update)(jnp.ones((8, 2)), run.init(jnp.zeros(2)), jnp.zeros(2))
 
 
