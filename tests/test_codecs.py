@@ -238,6 +238,11 @@ def test_qsgd_sends_neighbours_of_the_entry_among_the_multiples_of_its_unit(rng)
 # ---- the same everywhere ---------------------------------------------------------------------------------------------
 
 
+# One of each kind of arithmetic.
+KINDS = ("scaled_sign", "scaled_sign_8", "stochastic_sign", "ternary", "terngrad", "qsgd_7", "qsgd_1", "e4m3_random")
+KINDS += ("int4_random", "top_k_int8", "top_k_100", "random_k_unbiased")
+
+
 def normal_rows(rng, n=1003):
     return jnp.asarray(rng.standard_normal((8, n)) * 10 ** rng.uniform(-3, 3, (8, 1)), jnp.float32)
 
@@ -248,11 +253,12 @@ def test_a_row_travels_alike_alone_in_a_batch_and_on_a_mesh(rng, devices):
 
     def run(x, key):
         result = {}
-        for name, (codec, _) in CODECS.items():
+        for name in KINDS:
+            codec = CODECS[name][0]
             key_or_none = key if codec.random else None
             message = codec.encode(x, key_or_none)
             received = codec.decode(message, x, key_or_none)
-            result[name] = message, received, x - received, 3 * x + received
+            result[name] = message, received, x - received
         return result
 
     mesh = jax.make_mesh((8,), ("worker",), devices=devices, axis_types=(AxisType.Auto,))
@@ -267,8 +273,8 @@ def test_a_row_travels_alike_alone_in_a_batch_and_on_a_mesh(rng, devices):
     alone = [alone(x, key) for x, key in zip(rows, keys, strict=True)]
     alone = jax.tree.map(lambda *a: jnp.stack(a), *alone)
     for other in (batched, on_mesh):
-        for name in CODECS:
-            for a, b in zip(jax.tree.leaves(alone[name][:3]), jax.tree.leaves(other[name][:3]), strict=True):
+        for name in KINDS:
+            for a, b in zip(jax.tree.leaves(alone[name]), jax.tree.leaves(other[name]), strict=True):
                 np.testing.assert_array_equal(
                     np.asarray(a).view(np.uint8), np.asarray(b).view(np.uint8), err_msg=name, strict=True
                 )

@@ -18,19 +18,29 @@ def top_k(share: float, *, block: int | None = None, values: Codec | None = None
       C(x)_i = x_i \text{ for the } k = \lceil \text{share} \cdot n \rceil \text{ largest } |x_i|, \quad 0 \text{ elsewhere},
       \qquad \|C(x) - x\|^2 \le \Bigl(1 - \frac{k}{n}\Bigr) \|x\|^2
 
-    `error` is the exact share that is left behind. Of equal magnitudes the first ones are sent. NaN and ±inf count as 0.
+    `error` is the exact share that is left behind. NaN and ±inf count as 0. Of equal magnitudes it is always the same ones
+    that are sent, spread over the row.
 
     Takes :math:`k (32 + \lceil \log_2 n \rceil)` bits: 0.52 per entry for a hundredth of a million. With blocks, each sends
-    its own k largest; the places in it take :math:`\lceil \log_2 \text{block} \rceil` bits. That is faster, and the bound
-    holds with the block's k and n. What is lost against the largest of all is little where all blocks are alike (see
-    Args), and up to nearly everything that one block alone holds.
+    its own k largest; the places in it take :math:`\lceil \log_2 \text{block} \rceil` bits, and the bound holds with the
+    block's k and n. Blocks take turns along the row, entry by entry, so that each is a sample of the whole and little is
+    lost, also where layers differ in size: of a million entries a share of .01 leaves behind
+
+    ====================================  =========  ============  ============
+    entries                               whole row  block = 4096  block = 256
+    ====================================  =========  ============  ============
+    normal                                .9155      .9157         .9076
+    normal times 1, .1, ... 1e-7          .6217      .6227         .6023
+    ====================================  =========  ============  ============
+
+    (a block of 256 sends 3 entries, which are 1.17 %, and one of 4096 sends 41, which are 1.001 %). On a CPU blocks of 256
+    take a third to a half of the time of the whole row.
 
     Zeros that fill up a row are sent last.
 
     Args:
       share: In (0, 1].
-      block: How many entries compete with one another; None for the whole row. Of a million normal numbers a share of .01
-        holds .0855 of the square; in blocks of 256, .0830 are sent by 1.17 % of them, of 4096 .0856 by 1.001 %.
+      block: How many entries, about, compete with one another; None for the whole row.
       values: A codec for the values that are sent, for example `low_precision("bfloat16")`; None for float32.
 
     Raises:
