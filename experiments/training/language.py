@@ -42,7 +42,7 @@ class Method(NamedTuple):
 
     Attributes:
       make: From a schedule and a `Config` to an optimizer over `AXIS`.
-      learning_rate: The peak of its schedule at 512 steps, by the rule of `tuned`; None if it has none.
+      learning_rate: The peak of its schedule by the rule of `tuned` but for sgd and lion; None if it has none.
       votes: Whether it votes; if not, it averages gradients in float32.
     """
 
@@ -85,9 +85,9 @@ def _sign_muon(schedule, config):
 
 METHODS = {
     "sgd": Method(_sgd, 0.5, votes=False),
-    "adamw": Method(_adamw, 4e-3, votes=False),
-    "muon": Method(_muon, 1.6e-2, votes=False),
-    "signum": Method(lambda schedule, config: signopt.signum(schedule, 0.95, **_voting(config)), 2e-3),
+    "adamw": Method(_adamw, 8e-3, votes=False),
+    "muon": Method(_muon, 3.2e-2, votes=False),
+    "signum": Method(lambda schedule, config: signopt.signum(schedule, 0.95, **_voting(config)), 1e-3),
     "lion": Method(lambda schedule, config: signopt.lion(schedule, weight_decay=0.0, **_voting(config)), 2e-3),
     "mh_signsgd": Method(lambda schedule, config: signopt.mh_signsgd(**_voting(config)), None),
     "sign_muon": Method(_sign_muon, 4e-3),
