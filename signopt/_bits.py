@@ -1,13 +1,20 @@
 """Eight signs to a byte, and arithmetic on the packed bytes themselves.
 
-Word j stands for the coordinates 8 j + k. A word of one byte holds a bit for each, bit k; a word of two bytes holds two,
-bits k and 8 + k, so that both are read off the same number at once, and every kernel works on one array.
+Which coordinates share a word is the platform's business (`lanes`). On CPUs and GPUs bit k of word j stands for the
+coordinate 8 j + k. A TPU computes on tiles of 8 x 128, and a last axis of eight would be filled up to 128 there; so bit k of
+word 128 t + l stands for the coordinate 1024 t + 128 k + l. A last tile that is not full is packed as on a CPU. So n
+coordinates are ceil(n / 8) words everywhere.
+
+A word of one byte holds a bit for each of its coordinates, a word of two bytes two, bits k and 8 + k, so that both are read
+off the same number at once, and every kernel works on one array.
 
 Votes are counted without unpacking them: a *bit-sliced* counter keeps the count of coordinate i in bit i of several
 planes, the lowest bits of all counts in plane 0, the next in plane 1 and so on, so one instruction on a vector register of
 b bits counts for b coordinates at once.
 """
 
+from collections.abc import Iterator
+import contextlib
 import functools
 import operator
 
@@ -20,12 +27,36 @@ _UNROLLED = 256  # ballots that one straight-line program counts
 _GROUP = 128  # at most as many at once in the loop that counts more
 _VECTOR = 64  # words
 
+_platform: str | None = None  # see `as_on`
 
-def pack(*planes: Bool[Array, "... n"]) -> UInt[Array, "... b"]:
+
+def lanes() -> int:
+    """How many words hold a tile, where this is traced: 1, or 128 on a TPU."""
+    return 128 if (_platform or jax.default_backend()) == "tpu" else 1
+
+
+def tile() -> int:
+    """The coordinates of a tile: 8, or 1,024 on a TPU. Leaves start at multiples of it."""
+    return 8 * lanes()
+
+
+@contextlib.contextmanager
+def as_on(platform: str) -> Iterator[None]:
+    """Trace with the layout of another platform: to compile for a machine that is not here. No trace may be cached."""
+    global _platform
+    before, _platform = _platform, platform
+    try:
+        yield
+    finally:
+        _platform = before
+
+
+def pack(*planes: Bool[Array, "... n"], whole: bool = False) -> UInt[Array, "... b"]:
     """Booleans to words along the last axis; the last word is filled up with zeros.
 
     Args:
       *planes: One, or two of the same shape.
+      whole: Whether the last tile is filled up, too.
 
     Returns:
       uint8 for one plane, uint16 for two.
@@ -37,15 +68,18 @@ def pack(*planes: Bool[Array, "... n"]) -> UInt[Array, "... b"]:
       >>> pack(jnp.array([True, False, True]), jnp.array([False, False, True])).tolist()
       [1029]
     """
-    whole = planes[0].shape[-1] // 8 * 8
-    if whole == planes[0].shape[-1]:
-        return _pack_whole(planes)
-    # The few left over apart: padding all of them would cost a test for each.
-    rest = [
-        jnp.pad(plane[..., whole:], [(0, 0)] * (plane.ndim - 1) + [(0, whole + 8 - plane.shape[-1])])
-        for plane in planes
-    ]
-    return jnp.concatenate([_pack_whole([plane[..., :whole] for plane in planes]), _pack_whole(rest)], axis=-1)
+    size = planes[0].shape[-1]
+    full = size // tile() * tile()
+    if full == size:
+        return _pack_whole(planes, lanes())
+    # What is left over apart: padding all of it would cost a test for each.
+    left = lanes() if whole else -(-(size - full) // 8)
+    behind = [(0, 0)] * (planes[0].ndim - 1) + [(0, full + 8 * left - size)]
+    rest = [jnp.pad(plane[..., full:], behind) for plane in planes]
+    words = [_pack_whole(rest, lanes() if left == lanes() else 1)]
+    if full:
+        words.insert(0, _pack_whole([plane[..., :full] for plane in planes], lanes()))
+    return jnp.concatenate(words, axis=-1)
 
 
 def unpack(words: UInt[Array, "... b"], plane: int = 0) -> UInt8[Array, "... 8*b"]:
@@ -56,7 +90,16 @@ def unpack(words: UInt[Array, "... b"], plane: int = 0) -> UInt8[Array, "... 8*b
       >>> unpack(jnp.array([5], jnp.uint8)).tolist()
       [1, 0, 1, 0, 0, 0, 0, 0]
     """
-    return jnp.unpackbits((words >> (8 * plane)).astype(jnp.uint8), axis=-1, bitorder="little")
+    words = (words >> (8 * plane)).astype(jnp.uint8)
+    in_tiles = words.shape[-1] // lanes() * lanes()
+    if lanes() == 1 or not in_tiles:
+        return jnp.unpackbits(words, axis=-1, bitorder="little")
+    tiles = words[..., :in_tiles].reshape(*words.shape[:-1], -1, 1, lanes())
+    shifts = lax.broadcasted_iota(jnp.uint8, (1,) * (tiles.ndim - 2) + (8, 1), tiles.ndim - 2)
+    bits = ((tiles >> shifts) & jnp.uint8(1)).reshape(*words.shape[:-1], 8 * in_tiles)
+    if in_tiles == words.shape[-1]:
+        return bits
+    return jnp.concatenate([bits, jnp.unpackbits(words[..., in_tiles:], axis=-1, bitorder="little")], axis=-1)
 
 
 def count(ballots: UInt[Array, "m n"]) -> list[UInt8[Array, " n"]]:
@@ -100,20 +143,22 @@ def at_least(planes: list[UInt8[Array, " n"]], threshold: int | Int[Array, ""]) 
     return carry
 
 
-def _pack_whole(planes):
-    """Pack where 8 divides the size.
+def _pack_whole(planes, lanes):
+    """Pack where tiles are full.
 
     One sum for all planes; `jnp.packbits` of each would read twice what they are computed from.
     """
     dtype = jnp.dtype(f"uint{8 * len(planes)}")
+    batch, size = planes[0].shape[:-1], planes[0].shape[-1]
+    tiles = (*batch, size // 8, 8) if lanes == 1 else (*batch, size // (8 * lanes), 8, lanes)
+    axis = len(batch) + 1
 
     def spread(plane, first):
-        lanes = plane.reshape(*plane.shape[:-1], plane.shape[-1] // 8, 8)
         shifts = jnp.arange(first, first + 8, dtype=dtype)
-        return lanes.astype(dtype) << shifts.reshape((1,) * (lanes.ndim - 1) + (8,))
+        return plane.reshape(tiles).astype(dtype) << lax.expand_dims(shifts, [i for i in range(len(tiles)) if i != axis])
 
-    words = [spread(plane, 8 * i) for i, plane in enumerate(planes)]
-    return jnp.sum(functools.reduce(operator.or_, words), axis=-1, dtype=dtype)
+    words = jnp.sum(functools.reduce(operator.or_, map(spread, planes, (0, 8))), axis=axis, dtype=dtype)
+    return words.reshape(*batch, size // 8)
 
 
 def _count_words(ballots):

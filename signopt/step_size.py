@@ -345,7 +345,7 @@ def _progress_where_served(
     """The margin estimate's sum over a row, given the pieces of the flat vector and the row's counts.
 
     The row is a traced number, so the program is the same for every server. Of each piece at most a row's worth is read, and
-    nothing of one that does not reach into the row. Places are counted in words of eight.
+    nothing of one that does not reach into the row. Places are counted in words.
     """
     chunk, start = counts[0].size, 0
     total = _axis.to_varying(jnp.float32(0), tuple(_axis.varying(counts[0])))
@@ -353,7 +353,7 @@ def _progress_where_served(
         num_workers if wire == "two_bit" else num_workers // 2
     )  # the count of a vote whose margin promises nothing
     for piece in pieces:
-        words = -(-piece.size // 8)
+        words = -(-piece.size // _bits.tile()) * _bits.lanes()
         length = min(words, chunk)
         begin = row * chunk - start  # of the row, in this piece
         first = jnp.clip(begin, 0, words - length)

@@ -11,6 +11,7 @@ decides, where *lead* is how many more votes one sign needs. A one-bit ballot st
 alternates. The vote is `2 * plus - 1`, so the bits count half of M + the sum. A decision travels in the encoding of a ballot.
 """
 
+import math
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -29,8 +30,6 @@ from signopt import sign
 
 Wire = Literal["one_bit", "two_bit", "psum"]
 
-_EVEN = 0b01010101  # the even coordinates of a byte
-_ODD = 0b10101010
 _ABSTAINS = 0xFF00  # eight empty two-bit ballots: not plus, and not minus
 
 
@@ -186,7 +185,7 @@ def by_sum(quorum: Any, block: int | None, report: bool) -> borders.Border:
             return jnp.where(is_won, jnp.sign(s), jnp.zeros_like(s)).astype(x.dtype)
 
         votes = jax.tree.map(won, sums.signs, like)
-        return votes if block is None else _flat.times(votes, _mean(sums, context), block)
+        return votes if block is None else _flat.times(votes, _mean(sums, context), block, _align(block))
 
     def observe(sums, updates, context):
         votes = signs_to_add(updates, context)
@@ -235,10 +234,10 @@ def ballot_dtype(num_workers: int) -> jnp.dtype:
 
 def by_bits(wire: str, quorum: Any, block: int | None, report: bool) -> borders.Border:
     """Servers count packed bits."""
-    align = block or 8
     nothing = _ABSTAINS if wire == "two_bit" else 0
 
     def encode(updates, memory, context):
+        align = _align(block)
         words = cast(updates, wire, context, align=align)
         if (
             report and wire == "one_bit"
@@ -261,7 +260,7 @@ def by_bits(wire: str, quorum: Any, block: int | None, report: bool) -> borders.
     def decode(decisions, like, context):
         words, sizes = decisions
         sizes = None if block is None else sizes.reshape(-1)
-        return _flat.unpack(words.reshape(-1), like, sizes, align=align)
+        return _flat.unpack(words.reshape(-1), like, sizes, block=block or 1, align=_align(block))
 
     def finish(counted, updates, context):
         return _statistics(_without_filling(counted, updates, wire, context.num_workers), context)
@@ -277,7 +276,7 @@ def by_bits(wire: str, quorum: Any, block: int | None, report: bool) -> borders.
     )
 
 
-def cast(updates: Any, wire: str, context: borders.Context, *, align: int = 8) -> UInt[Array, " n"]:
+def cast(updates: Any, wire: str, context: borders.Context, *, align: int | None = None) -> UInt[Array, " n"]:
     """This worker's signs as they travel: plus and not-minus, or one bit that is either where both agree."""
     signs = _flat.pack(updates, sign.is_positive, sign.is_negative, align=align)
     if context.present is not None:
@@ -295,7 +294,7 @@ def _filler(step: Int[Array, ""], worker: Int[Array, ""], num_workers: int) -> U
     Only as many low bits of i matter as the largest worker has, so that the sequence repeats itself.
     """
     step, worker = step.astype(jnp.uint32), worker.astype(jnp.uint32)
-    i = lax.iota(jnp.uint32, max(8, 2 ** (num_workers - 1).bit_length()))
+    i = lax.iota(jnp.uint32, max(_bits.tile(), 2 ** (num_workers - 1).bit_length()))
     return _bits.pack((step + i + lax.population_count((step // 2 + i) & worker)) % 2 == 0)
 
 
@@ -309,8 +308,14 @@ def decision(
         return plus.astype(jnp.uint16) | (not_minus.astype(jnp.uint16) << 8)
     plus = _bits.at_least(counts, (num_workers + lead + 1) // 2)  # the count is half of that
     not_minus = _bits.at_least(counts, (num_workers - lead) // 2 + 1)
-    tie = jnp.where(step % 2 == 0, jnp.uint8(_EVEN), jnp.uint8(_ODD))  # (-1)**(step + i): every leaf starts a byte
-    return plus | (not_minus & tie)
+    return plus | (not_minus & _tie(step, plus.size))
+
+
+def _tie(step: Int[Array, ""], words: int) -> UInt8[Array, " p"]:
+    """`(-1)**(step + i)`, packed: every leaf and every row starts a tile."""
+    even = _bits.pack(lax.iota(jnp.uint32, _bits.tile()) % 2 == 0)
+    tie = jnp.where(step % 2 == 0, even, ~even)
+    return tie if tie.size == 1 else jnp.tile(tie, words // tie.size)
 
 
 def count(ballots: UInt[Array, "workers row"], counts: list[UInt8[Array, " row"]], wire: str) -> Counted:
@@ -366,6 +371,11 @@ class Ballot(NamedTuple):
     weight: Any = ()
 
 
+def _align(block: int | None) -> int:
+    """Where leaves may start: at whole tiles, and whole blocks."""
+    return math.lcm(block or 1, _bits.tile())
+
+
 def _lead(quorum: float | jax.Array, num_workers: int) -> Int[Array, ""]:
     """How many more votes one sign needs than the other; the small term absorbs rounding in `quorum * M`."""
     needed = jnp.ceil(jnp.asarray(quorum, jnp.float32) * num_workers - 1e-6 * num_workers)
@@ -376,12 +386,13 @@ def _sizes_to_send(updates, block, context) -> tuple[Any, Any]:
     """The mean magnitude of each block and this worker's weight in their mean."""
     if block is None:
         return (), ()
-    sums = [jnp.zeros([0], jnp.float32)]
-    for part in _flat.joined(updates, block):
+    align, sums = _align(block), [jnp.zeros([0], jnp.float32)]
+    for part in _flat.joined(updates, align):
         size = jnp.abs(_float.widen(part))
         size = jnp.where(jnp.isfinite(size), size, jnp.zeros_like(size))
-        sums.append(jnp.sum(_flat.cut(size, -(-size.size // block), block), axis=1).astype(jnp.float32))
-    sizes = jnp.concatenate(sums) / _flat.block_sizes(updates, block)
+        blocks = -(-size.size // align) * (align // block)
+        sums.append(jnp.sum(_flat.cut(size, blocks, block), axis=1).astype(jnp.float32))
+    sizes = jnp.concatenate(sums) / _flat.block_sizes(updates, block, align)
     if context.present is None:
         return sizes, ()
     return jnp.where(context.present, sizes, jnp.zeros_like(sizes)), jnp.asarray(context.present, jnp.float32)

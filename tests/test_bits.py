@@ -11,8 +11,41 @@ import pytest
 from signopt import _bits
 
 
-@pytest.mark.parametrize("length", (0, 1, 7, 8, 9, 64, 1001))
-def test_unpacking_gives_back_what_was_packed_and_zeros_behind_it(length, rng):
+@pytest.fixture(params=("cpu", "tpu"))
+def layout(request):
+    """Both layouts of packed bits, whatever this machine is."""
+    with _bits.as_on(request.param):
+        yield request.param
+
+
+LENGTHS = (0, 1, 7, 8, 9, 64, 1001, 1016, 1017, 1024, 1025, 3333)
+
+
+def test_a_tile_is_a_word_or_128_words():
+    i = np.arange(2048)
+    for platform, word, bit in (
+        ("cpu", i // 8, i % 8),
+        ("gpu", i // 8, i % 8),
+        ("tpu", i // 1024 * 128 + i % 128, i % 1024 // 128),
+    ):
+        with _bits.as_on(platform):
+            assert _bits.tile() == 8 * _bits.lanes()
+            for place in (0, 1, 8, 127, 128, 1023, 1024, 2047):
+                expected = np.zeros(256, np.uint8)
+                expected[word[place]] = 1 << bit[place]
+                np.testing.assert_array_equal(_bits.pack(jnp.asarray(i == place)), expected)
+
+
+@pytest.mark.parametrize("length", (1, 1000, 1025))
+def test_a_tile_that_is_filled_up_is_laid_out_as_a_full_one(length, layout, rng):
+    booleans = rng.random(length) < 0.5
+    full = np.zeros(-(-length // _bits.tile()) * _bits.tile(), bool)
+    full[:length] = booleans
+    np.testing.assert_array_equal(_bits.pack(jnp.asarray(booleans), whole=True), _bits.pack(jnp.asarray(full)))
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_unpacking_gives_back_what_was_packed_and_zeros_behind_it(length, layout, rng):
     booleans = rng.random((3, length)) < 0.5
     packed = _bits.pack(jnp.asarray(booleans))
     assert packed.dtype == jnp.uint8 and packed.shape == (3, -(-length // 8))
@@ -21,8 +54,8 @@ def test_unpacking_gives_back_what_was_packed_and_zeros_behind_it(length, rng):
     assert not unpacked[:, length:].any()
 
 
-@pytest.mark.parametrize("length", (0, 3, 8, 1001))
-def test_a_word_holds_two_planes_that_do_not_touch(length, rng):
+@pytest.mark.parametrize("length", LENGTHS)
+def test_a_word_holds_two_planes_that_do_not_touch(length, layout, rng):
     one, other = rng.random((2, 3, length)) < 0.5
     packed = _bits.pack(jnp.asarray(one), jnp.asarray(other))
     assert packed.dtype == jnp.uint16 and packed.shape == (3, -(-length // 8))
