@@ -6,6 +6,9 @@ VENV ?= .venv
 # What `make test-latest` looks for, newest first, and where it installs it.
 NEWER ?= 3.14 3.13 3.12
 VENV_LATEST ?= .venv-latest
+# Where `make test-compile` installs what compiles for machines that are not here.
+VENV_TPU ?= .venv-tpu
+VENV_GPU ?= .venv-gpu
 # Flags for the experiment (make train ARGS="--steps 100") and for pytest.
 ARGS ?=
 PYTEST_ARGS ?= --numprocesses auto --dist worksteal
@@ -17,7 +20,7 @@ RECORDED ?= bounds large_system regimes geometry adaptive signprox sweep cost wi
 export NPROC ?= 16
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all test-latest records check format notebooks docs figures dist newest-python clean
+.PHONY: help train test test-all test-latest test-compile records check format notebooks docs figures dist newest-python clean
 
 help: ## Say what there is.
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null || \
@@ -42,6 +45,10 @@ test-latest: ## The same with the newest Python at hand, if it is newer than PYT
 	@newest="$$($(MAKE) --silent --no-print-directory newest-python)"; \
 	if [ -z "$$newest" ]; then echo "test-latest: no Python newer than '$(PYTHON)' among $(NEWER); nothing to do."; \
 	else $(MAKE) --no-print-directory test PYTHON="$$newest" VENV="$(VENV_LATEST)"; fi
+
+test-compile: $(VENV)/.installed-test $(VENV_TPU)/.installed $(VENV_GPU)/.installed ## Compile votes for TPUs and GPUs, which need not be here.
+	SIGNOPT_TPU_PYTHON=$(VENV_TPU)/bin/python SIGNOPT_GPU_PYTHON=$(VENV_GPU)/bin/python \
+	  $(VENV)/bin/python -m pytest --numprocesses 0 tests/test_compile.py
 
 check: $(VENV)/.installed-dev ## Check format, style and types.
 	$(VENV)/bin/ruff format --check .
@@ -73,7 +80,7 @@ dist: $(VENV)/.installed-dist ## Build sdist and wheel in dist/, and try the whe
 	cd "$$folder" && venv/bin/python first.py && echo "dist: the README's first program runs with the wheel alone."
 
 clean: ## Remove the virtual environments, and what was built.
-	rm -rf $(VENV) $(VENV_LATEST) dist docs/_build docs/api docs/notebooks docs/project docs/gallery/index.md
+	rm -rf $(VENV) $(VENV_LATEST) $(VENV_TPU) $(VENV_GPU) dist docs/_build docs/api docs/notebooks docs/project docs/gallery/index.md
 
 # A fresh environment for an interpreter, and a stamp for each extra installed into it.
 $(VENV)/bin/python:
@@ -86,6 +93,14 @@ $(VENV)/bin/python:
 
 $(VENV)/.installed-%: pyproject.toml | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	@touch $@
+
+# Each plugin goes with one version of JAX.
+$(VENV_TPU)/.installed: PLUGIN = "libtpu==0.0.42.*"
+$(VENV_GPU)/.installed: PLUGIN = "jax-cuda12-plugin==0.10.2" "jax-cuda12-pjrt==0.10.2"
+$(VENV_TPU)/.installed $(VENV_GPU)/.installed: Makefile
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check jax==0.10.2 "jaxtyping>=0.3" "optax>=0.2.8" $(PLUGIN)
 	@touch $@
 
 # Prints the first of NEWER that is newer than PYTHON and starts. Names in PATH may be pyenv's shims, which start only

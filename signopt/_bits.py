@@ -13,7 +13,7 @@ planes, the lowest bits of all counts in plane 0, the next in plane 1 and so on,
 b bits counts for b coordinates at once.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import functools
 import operator
@@ -21,7 +21,7 @@ import operator
 import jax
 from jax import lax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, UInt, UInt8
+from jaxtyping import Array, Bool, Int, Num, UInt, UInt8
 
 _UNROLLED = 256  # ballots that one straight-line program counts
 _GROUP = 128  # at most as many at once in the loop that counts more
@@ -51,12 +51,11 @@ def as_on(platform: str) -> Iterator[None]:
         _platform = before
 
 
-def pack(*planes: Bool[Array, "... n"], whole: bool = False) -> UInt[Array, "... b"]:
+def pack(*planes: Bool[Array, "... n"]) -> UInt[Array, "... b"]:
     """Booleans to words along the last axis; the last word is filled up with zeros.
 
     Args:
       *planes: One, or two of the same shape.
-      whole: Whether the last tile is filled up, too.
 
     Returns:
       uint8 for one plane, uint16 for two.
@@ -73,13 +72,35 @@ def pack(*planes: Bool[Array, "... n"], whole: bool = False) -> UInt[Array, "...
     if full == size:
         return _pack_whole(planes, lanes())
     # What is left over apart: padding all of it would cost a test for each.
-    left = lanes() if whole else -(-(size - full) // 8)
+    left = -(-(size - full) // 8)
     behind = [(0, 0)] * (planes[0].ndim - 1) + [(0, full + 8 * left - size)]
     rest = [jnp.pad(plane[..., full:], behind) for plane in planes]
     words = [_pack_whole(rest, lanes() if left == lanes() else 1)]
     if full:
         words.insert(0, _pack_whole([plane[..., :full] for plane in planes], lanes()))
     return jnp.concatenate(words, axis=-1)
+
+
+def pack_tests(flat: Num[Array, " n"], *tests: Callable[[jax.Array], jax.Array]) -> UInt[Array, " b"]:
+    """Pack what elementwise tests, False at zero, say of a vector; the last tile is filled up.
+
+    On a TPU the numbers are laid out in tiles before they are tested: a vector of booleans would be written down first.
+    """
+    if lanes() == 1:
+        return pack(*(test(flat) for test in tests))
+    full = flat.size // tile() * tile()
+    parts = [flat[:full], jnp.pad(flat[full:], (0, -flat.size % tile()))]
+    tiles = [part.reshape(-1, 8, lanes()) for part in parts if part.size]
+    words = [_pack_tiles([test(x) for test in tests], 1).reshape(-1) for x in tiles]
+    return jnp.concatenate([jnp.zeros([0], f"uint{8 * len(tests)}"), *words])
+
+
+def unpack_tiles(words: UInt[Array, " b"], plane: int = 0) -> UInt8[Array, "..."]:
+    """What `unpack` returns of whole tiles, in any shape of the same order, so that it is reshaped only as floats."""
+    if lanes() == 1:
+        return unpack(words, plane)
+    tiles = (words >> (8 * plane)).astype(jnp.uint8).reshape(-1, 1, lanes())
+    return (tiles >> lax.broadcasted_iota(jnp.uint8, (1, 8, 1), 1)) & jnp.uint8(1)
 
 
 def unpack(words: UInt[Array, "... b"], plane: int = 0) -> UInt8[Array, "... 8*b"]:
@@ -144,21 +165,24 @@ def at_least(planes: list[UInt8[Array, " n"]], threshold: int | Int[Array, ""]) 
 
 
 def _pack_whole(planes, lanes):
-    """Pack where tiles are full.
+    """Pack where tiles are full."""
+    batch, size = planes[0].shape[:-1], planes[0].shape[-1]
+    tiles = (*batch, size // 8, 8) if lanes == 1 else (*batch, size // (8 * lanes), 8, lanes)
+    return _pack_tiles([plane.reshape(tiles) for plane in planes], len(batch) + 1).reshape(*batch, size // 8)
+
+
+def _pack_tiles(planes, axis):
+    """Pack along an axis of eight.
 
     One sum for all planes; `jnp.packbits` of each would read twice what they are computed from.
     """
     dtype = jnp.dtype(f"uint{8 * len(planes)}")
-    batch, size = planes[0].shape[:-1], planes[0].shape[-1]
-    tiles = (*batch, size // 8, 8) if lanes == 1 else (*batch, size // (8 * lanes), 8, lanes)
-    axis = len(batch) + 1
+    others = [i for i in range(planes[0].ndim) if i != axis]
 
     def spread(plane, first):
-        shifts = jnp.arange(first, first + 8, dtype=dtype)
-        return plane.reshape(tiles).astype(dtype) << lax.expand_dims(shifts, [i for i in range(len(tiles)) if i != axis])
+        return plane.astype(dtype) << lax.expand_dims(jnp.arange(first, first + 8, dtype=dtype), others)
 
-    words = jnp.sum(functools.reduce(operator.or_, map(spread, planes, (0, 8))), axis=axis, dtype=dtype)
-    return words.reshape(*batch, size // 8)
+    return jnp.sum(functools.reduce(operator.or_, map(spread, planes, (0, 8))), axis=axis, dtype=dtype)
 
 
 def _count_words(ballots):

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from jax import lax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int8, UInt
+from jaxtyping import Array, Bool, Float, Int8, Num, UInt
 import numpy as np
 
 from signopt import _bits
@@ -118,7 +118,7 @@ def pack(tree: Any, *tests: Callable[[jax.Array], Bool[Array, "..."]], align: in
     """
     align, words = align or _bits.tile(), []
     for flat in joined(tree, align):
-        words.append(_bits.pack(*(test(flat) for test in tests), whole=True))
+        words.append(_bits.pack_tests(flat, *tests))
         missing = -flat.size % align // _bits.tile() * _bits.lanes()
         if missing:
             words.append(jnp.zeros([missing], words[-1].dtype))
@@ -149,7 +149,10 @@ def unpack(
     for group in groups(leaves):
         length = sum(_aligned(leaves[i], align) for i in group)
         own = lax.slice_in_dim(words, start // 8, (start + length) // 8)
-        votes = _votes(own) if len(group) == 1 else _votes_once(own)
+        if _bits.lanes() > 1:
+            votes = _votes(own, jnp.result_type(leaves[group[0]]) if sizes is None else jnp.int8)
+        else:
+            votes = _votes(own) if len(group) == 1 else _votes_once(own)
         parts.append(votes if sizes is None else _times(votes, sizes, start, block))
         start += length
     return split(parts, like, align)
@@ -186,7 +189,9 @@ def used(like: Any, align: int | None = None) -> UInt[Array, " n"]:
         whole = jnp.size(leaves[i]) // _bits.tile() * _bits.lanes()
         words.append(jnp.full([whole], 0xFF, jnp.uint8))
         tail = np.arange(8 * whole, _aligned(leaves[i], align)) < jnp.size(leaves[i])
-        words.append(jnp.asarray(np.packbits(tail.reshape(-1, 8, _bits.lanes()), axis=1, bitorder="little").reshape(-1)))
+        words.append(
+            jnp.asarray(np.packbits(tail.reshape(-1, 8, _bits.lanes()), axis=1, bitorder="little").reshape(-1))
+        )
     return jnp.concatenate(words)
 
 
@@ -217,14 +222,14 @@ def _aligned(x: Any, align: int) -> int:
     return -(-math.prod(jnp.shape(x)) // align) * align
 
 
-def _votes(words: UInt[Array, " n"]) -> Int8[Array, " 8*n"]:
-    ones = [_bits.unpack(words, plane).astype(jnp.int8) for plane in range(words.dtype.itemsize)]
-    return ones[0] + ones[-1] - jnp.int8(1)
+def _votes(words: UInt[Array, " n"], dtype: Any = jnp.int8) -> Num[Array, " 8*n"]:
+    ones = [_bits.unpack_tiles(words, plane).astype(jnp.int8) for plane in range(words.dtype.itemsize)]
+    return (ones[0] + ones[-1] - jnp.int8(1)).astype(dtype).reshape(-1)
 
 
 def _votes_once(words: UInt[Array, " n"]) -> Int8[Array, " 8*n"]:
     """`_votes` for many users: XLA on CPUs computes a concatenation once, but anything else anew in each of them."""
-    half = words.size // 2 // _bits.lanes() * _bits.lanes()
+    half = words.size // 2
     return jnp.concatenate([_votes(words[:half]), _votes(words[half:])])
 
 

@@ -17,6 +17,7 @@ import pytest
 
 import reference
 import signopt
+from signopt import _bits
 from signopt import _flat
 
 AXIS = "workers"
@@ -122,6 +123,30 @@ def test_every_wire_agrees_with_its_definition_in_every_dtype(num_workers, x64):
 @pytest.mark.parametrize("num_workers", (1, 2, 5, 8, 130))
 def test_every_wire_agrees_with_its_definition_in_32_bit_mode(num_workers):
     assert_votes_agree(num_workers, NARROW)
+
+
+@pytest.mark.parametrize("wire", ("one_bit", "two_bit"))
+def test_decisions_reports_and_sizes_do_not_depend_on_the_layout_of_bits(wire, rng):
+    """Leaves that are no whole tiles, large and small, and zeros and ties."""
+    shapes = {"large": (2**16 + 77,), "whole": (1024,), "small": (3, 333), "narrow": (5,)}
+    updates = {name: rng.integers(-1, 2, (4, *shape)).astype(np.float32) for name, shape in shapes.items()}
+    transforms = [
+        signopt.majority_vote(AXIS, wire=wire, report=True),
+        signopt.majority_vote(AXIS, wire=wire, block=256),
+    ]
+
+    def found(platform):
+        def one_worker(updates):
+            first = lambda tx: tx.init(updates)._replace(count=jnp.int32(7))
+            return [(votes, state.report) for votes, state in (tx.update(updates, first(tx)) for tx in transforms)]
+
+        with _bits.as_on(platform):
+            return jax.jit(jax.vmap(one_worker, out_axes=None, axis_name=AXIS))(updates)
+
+    rows, tiles = found("cpu"), found("tpu")
+    assert_same_tree(tiles[0][0], expected_tree(wire, updates, 7))
+    for x, y in zip(jax.tree.leaves(rows), jax.tree.leaves(tiles), strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 def test_a_tree_of_500_leaves_is_voted_on_leaf_by_leaf(rng):
