@@ -41,7 +41,7 @@ def test_a_tile_that_is_filled_up_is_laid_out_as_a_full_one(length, layout, rng)
     booleans = rng.random(length) < 0.5
     full = np.zeros(-(-length // _bits.tile()) * _bits.tile(), bool)
     full[:length] = booleans
-    words = _bits.pack_tests(jnp.asarray(booleans), lambda x: x)
+    words = _bits.pack_tests(jnp.asarray(booleans, jnp.float32), lambda x: x > 0)
     np.testing.assert_array_equal(words, _bits.pack(jnp.asarray(full)))
     np.testing.assert_array_equal(_bits.unpack_tiles(words).reshape(-1), full)
 
