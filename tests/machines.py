@@ -78,7 +78,7 @@ def collectives(text):
 
 
 def vote(mesh, wire, **kwargs):
-    """What a training step does beside its gradient: momentum, vote and update."""
+    """A vote of eight workers on several leaves, and the update of the parameters."""
     params = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in LEAVES.items()}
     grads = {name: jax.ShapeDtypeStruct((WORKERS, *shape), dtype) for name, (shape, dtype) in LEAVES.items()}
     tx = signopt.majority_vote(AXIS, wire=wire, **kwargs)
