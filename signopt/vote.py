@@ -27,6 +27,7 @@ from signopt import _flat
 from signopt import _float
 from signopt import border as borders
 from signopt import sign
+from signopt.codecs import codec
 
 Wire = Literal["one_bit", "two_bit", "psum"]
 
@@ -391,8 +392,8 @@ def _sizes_to_send(updates, block, context) -> tuple[Any, Any]:
         size = jnp.abs(_float.widen(part))
         size = jnp.where(jnp.isfinite(size), size, jnp.zeros_like(size))
         blocks = -(-size.size // align) * (align // block)
-        sums.append(jnp.sum(_flat.cut(size, blocks, block), axis=1).astype(jnp.float32))
-    sizes = jnp.concatenate(sums) / _flat.block_sizes(updates, block, align)
+        sums.append(codec.total(_flat.cut(size, blocks, block).astype(jnp.float32)))  # in a written order
+    sizes = codec.over(jnp.concatenate(sums), jnp.asarray(_flat.block_sizes(updates, block, align)))
     if context.present is None:
         return sizes, ()
     return jnp.where(context.present, sizes, jnp.zeros_like(sizes)), jnp.asarray(context.present, jnp.float32)
@@ -401,7 +402,7 @@ def _sizes_to_send(updates, block, context) -> tuple[Any, Any]:
 def _mean(summed: Ballot, context) -> Float[Array, " blocks"]:
     """The mean of the sizes over those present, from sums."""
     voters = jnp.float32(context.num_workers) if isinstance(summed.weight, tuple) else jnp.maximum(summed.weight, 1)
-    return summed.sizes / voters
+    return codec.over(summed.sizes, voters)
 
 
 def _hold(block):
