@@ -140,6 +140,6 @@ def test_theory_is_traced_in_float32_under_every_strict_mode(mode):
 
 def test_votes_can_be_watched_in_every_runner(devices):
     grads = jnp.asarray(np.random.default_rng(0).normal(size=(4, 33)), jnp.float32)
-    tx = optax.chain(diagnostics.monitor_votes(AXIS))
+    tx = optax.chain(signopt.majority_vote(AXIS, report=True))
     watch = lambda shared, own: tx.update(own + shared, tx.init(own))[1]
     everywhere.assert_alike(everywhere.runs(watch, jnp.zeros(33), grads, devices))

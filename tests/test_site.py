@@ -86,9 +86,12 @@ def pages(site):
 def extension(monkeypatch):
     """Import one of the site's own extensions."""
     monkeypatch.syspath_prepend(str(ROOT / "docs" / "_ext"))
+    names = ("drawings", "gallery", "links", "pages", "reference")
+    theirs = {name: sys.modules.pop(name) for name in names if name in sys.modules}  # the tests have a `reference`, too
     yield importlib.import_module
-    for name in ("drawings", "gallery", "links", "pages", "reference"):
+    for name in names:
         sys.modules.pop(name, None)
+    sys.modules.update(theirs)
 
 
 def documented(site):

@@ -17,6 +17,7 @@ from experiments.common import namespaces
 from experiments.common import records
 from experiments.speed import cost
 from experiments.speed import slow_network
+import figures
 from signopt._tools import exchanges
 
 ROOT = pathlib.Path(command.__file__).parents[1]

@@ -192,7 +192,7 @@ def test_workers_send_four_bytes_each(mesh):
     text = run.lower([jnp.ones(1000), jnp.ones(77)]).compile().as_text()
     gathers = [line for line in text.splitlines() if " all-gather(" in line or " all-reduce(" in line]
     assert len(gathers) == 1
-    assert "u32[8]" in gathers[0]
+    assert "u32[8,1]" in gathers[0]
 
 
 def test_traced_values_need_an_axis():

@@ -12,7 +12,7 @@ from experiments.common import records
 from experiments.speed.wire import steps as step_time
 from experiments.speed.wire import vote as wire
 import figures
-import signopt
+from signopt import _flat
 from signopt._tools import timing
 
 TINY = wire.Config(parameters=1600, workers=4, leaves=(1, 5), voters=(4, 32), rounds=3)
@@ -61,7 +61,7 @@ def test_the_programs_that_are_compared_agree(devices):
     found = {name: program() for name, program in wire.decisions(TINY, 5).items()}
     like = found["mean"]
     for name in ("one_bit", "two_bit"):
-        votes = signopt.wire.unpack(found[name], like)
+        votes = _flat.unpack(found[name].reshape(-1), like)
         decided = jax.tree.map(lambda s: s != 0, found["int8"])
         jax.tree.map(lambda v, s, d: np.testing.assert_array_equal(v[d], np.sign(s[d])), votes, found["int8"], decided)
     after = {name: program()[0] for name, program in wire.applied(TINY, 5).items()}
@@ -90,7 +90,9 @@ def test_step_time_records_every_pair(tmp_path, devices):
 @pytest.mark.parametrize("name", step_time.LOCAL)
 def test_a_local_step_needs_no_more_memory_than_optax(name):
     plain, ours = (step_time.local_step(make(), 100_000, 10) for make in step_time.LOCAL[name])
-    assert step_time.temporary_bytes(ours) == step_time.temporary_bytes(plain)
+    # Keeping NaN out of a momentum takes one more copy of it while a step runs: each entry may have to stay as it was.
+    kept = {"signum": 400_000}.get(name, 0)
+    assert step_time.temporary_bytes(ours) <= step_time.temporary_bytes(plain) + kept
     jax.tree.map(np.testing.assert_array_equal, ours.program()[0], plain.program()[0])
 
 

@@ -329,7 +329,7 @@ def test_ready_optimizers_refuse_bad_arguments_when_they_are_made(make):
 
 def test_bytes_sent_refuses_an_unknown_wire_and_nobody():
     with pytest.raises(
-        ValueError, match=r"`bytes_sent\(wire=...\)` .*'one_bit', 'two_bit', 'psum', 'mean', got 'bits'"
+        ValueError, match=r"`bytes_sent\(border=...\)` .*'one_bit', 'two_bit', 'psum', 'mean', got 'bits'"
     ):
         signopt.wire.bytes_sent(jnp.zeros(3), M, "bits")
     with pytest.raises(ValueError, match=r"`bytes_sent\(num_workers=...\)` has to be at least 1, got 0\."):
