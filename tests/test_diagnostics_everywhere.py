@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import everywhere
+import signopt
 from signopt import diagnostics
 from signopt import theory
 from test_prox_everywhere import TRACED

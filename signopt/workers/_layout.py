@@ -34,8 +34,8 @@ def place(tree: Any, mesh: Mesh, specs: Any) -> Any:
       >>> from signopt.workers import place
       >>> mesh = jax.make_mesh((1,), ("worker",), axis_types=(jax.sharding.AxisType.Auto,))
       >>> batch = place({"x": np.ones((2, 3))}, mesh, jax.P("worker"))
-      >>> batch["x"].sharding.spec
-      PartitionSpec('worker',)
+      >>> batch["x"].sharding.spec == jax.P("worker")
+      True
     """
 
     def put(spec, part):
