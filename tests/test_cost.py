@@ -158,11 +158,10 @@ def test_the_command_prints_intervals_and_draws_the_figure(tmp_path, capsys):
     assert by_wire[64, "all_gather"]["pays_below"] == 0
     assert all(len(r["seconds"]) == len(cost.BANDWIDTHS) for r in by_wire.values())
     (figure,) = figures.drawn(cost, [header, *found], tmp_path)
-    hosts = header["config"]["hosts"]
     assert [axes.get_title() for axes in figure.axes if axes.axison] == [
         "2 workers",
         "64 workers",
-        f"{hosts} hosts of 8 devices",
+        "8 hosts of 8 devices",
         "check",
     ]
     assert cost.table([header, *found]).renderables

@@ -162,6 +162,7 @@ def test_the_moreau_identity_holds(name, rng, x64):
         np.testing.assert_allclose(whole, y, atol=1e-13)
 
 
+@pytest.mark.slow
 def test_mcp_agrees_with_skglm(rng, x64):
     from skglm.utils.prox_funcs import prox_MCP
     from skglm.utils.prox_funcs import value_MCP
