@@ -24,15 +24,10 @@ UNOPTIMIZED = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _optimization_level(request):
-    """Compile the programs of a file as users do, or quickly."""
-    jax.config.update("jax_disable_most_optimizations", request.path.stem in UNOPTIMIZED)
-
-
 @pytest.fixture(scope="module", autouse=True)
-def _forget_compiled_programs():
-    """All together are several gigabytes."""
+def _optimization_level(request):
+    """Compile the programs of a file as users do, or quickly; and forget them: all together are several gigabytes."""
+    jax.config.update("jax_disable_most_optimizations", request.path.stem in UNOPTIMIZED)
     yield
     jax.clear_caches()
 
