@@ -18,7 +18,6 @@ def level():
 
 
 def test_what_promises_bits_is_compiled_as_users_compile_it():
-    assert not jax.config.jax_disable_most_optimizations  # in this file as in every other that is not named
     promising = ("bits", "checkpoints", "conformance", "momentum", "precision", "processes", "runners", "shards")
     promising += ("stacked", "state", "sync", "timings", "vote", "workers")
     assert not {f"test_{name}" for name in promising} & conftest.UNOPTIMIZED
