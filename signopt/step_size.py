@@ -229,7 +229,7 @@ def measured_smoothness(key: jax.Array, *, refresh_every: int = 100) -> Callable
 
     The larger of the sum of the magnitudes of the Hessian's diagonal, and the curvature along the signs of this worker's
     updates. The diagonal alone is too small unless the Hessian is near diagonal: along a gradient's signs a network curves
-    up to 45 times as much (`python -m experiments estimators`).
+    up to 45 times as much (`python -m experiments adaptive`).
 
     Args:
       key: A random key for the probes, the same on every worker.
@@ -349,9 +349,8 @@ def _progress_where_served(
     """
     chunk, start = counts[0].size, 0
     total = _axis.to_varying(jnp.float32(0), tuple(_axis.varying(counts[0])))
-    balance = (
-        num_workers if wire == "two_bit" else num_workers // 2
-    )  # the count of a vote whose margin promises nothing
+    # The count of a vote whose margin promises nothing.
+    balance = num_workers if wire == "two_bit" else num_workers // 2
     for piece in pieces:
         words = -(-piece.size // _bits.tile()) * _bits.lanes()
         length = min(words, chunk)

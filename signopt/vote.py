@@ -240,9 +240,7 @@ def by_bits(wire: str, quorum: Any, block: int | None, report: bool) -> borders.
     def encode(updates, memory, context):
         align = _align(block)
         words = cast(updates, wire, context, align=align)
-        if (
-            report and wire == "one_bit"
-        ):  # what only fills up shall be the same on all workers, so that it can be left out
+        if report and wire == "one_bit":  # what only fills up is sent as 0 by all, so that it can be left out
             words &= _flat.used(updates, align)
         sizes, weight = _sizes_to_send(updates, block, context)
         rows = context.num_workers

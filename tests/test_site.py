@@ -306,7 +306,7 @@ def look(browser, address, screen=DESK):
 
 
 def complaints(browser, origin):
-    """Errors in the console, formulas that were not understood, and whatever was asked of another host."""
+    """Errors in the console, formulas that were not understood, and every request to another host."""
     found = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
     found += browser.execute_script(
         "return [...document.querySelectorAll('[data-mjx-error], mjx-container [fill=red]')]"
