@@ -10,13 +10,15 @@ import pathlib
 import re
 import sys
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["TPU_SKIP_MDS_QUERY"] = "1"
-os.environ["TPU_ACCELERATOR_TYPE"] = "v5litepod-8"
-os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
-os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
-# A plugin for TPUs does not know the flags of GPUs.
-os.environ["XLA_FLAGS"] = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false" if "h100" in sys.argv else ""
+if __name__ == "__main__":  # before JAX is imported, and never in a process that only collects tests
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    os.environ["TPU_ACCELERATOR_TYPE"] = "v5litepod-8"
+    os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
+    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+    # A plugin for TPUs does not know the flags of GPUs.
+    of_gpus = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+    os.environ["XLA_FLAGS"] = of_gpus if "h100" in sys.argv else ""
 
 import jax
 from jax.experimental import topologies

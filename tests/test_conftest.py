@@ -1,5 +1,6 @@
 """How the tests themselves are compiled."""
 
+import os
 import pathlib
 
 import jax
@@ -15,6 +16,12 @@ def level():
     """What XLA is told about a program that is compiled now."""
     options = compiler.get_compile_options(num_replicas=1, num_partitions=1)
     return options.executable_build_options.debug_options.xla_backend_optimization_level
+
+
+def test_no_module_that_is_collected_changes_the_environment():
+    """What tests start inherits it: one module that set `XLA_FLAGS` gave every process of a whole run one device."""
+    assert os.environ["XLA_FLAGS"].endswith("--xla_force_host_platform_device_count=8")
+    assert os.environ["NPROC"] == "16"
 
 
 def test_what_promises_bits_is_compiled_as_users_compile_it():
