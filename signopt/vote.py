@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 from jax import lax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt, UInt8
+from jaxtyping import Array, Float, Int, UInt, UInt8, UInt16
 import optax
 
 from signopt import _axis
@@ -304,10 +304,15 @@ def decision(
     if wire == "two_bit":  # the count is M + the sum of the votes
         plus = _bits.at_least(counts, num_workers + lead)
         not_minus = _bits.at_least(counts, num_workers - lead + 1)
-        return plus.astype(jnp.uint16) | (not_minus.astype(jnp.uint16) << 8)
+        return _together(plus, not_minus)
     plus = _bits.at_least(counts, (num_workers + lead + 1) // 2)  # the count is half of that
     not_minus = _bits.at_least(counts, (num_workers - lead) // 2 + 1)
     return plus | (not_minus & _tie(step, plus.size))
+
+
+def _together(low: UInt8[Array, " n"], high: UInt8[Array, " n"]) -> UInt16[Array, " n"]:
+    """Two planes in one word."""
+    return low.astype(jnp.uint16) | (high.astype(jnp.uint16) << 8)
 
 
 def _tie(step: Int[Array, ""], words: int) -> UInt8[Array, " p"]:
@@ -321,24 +326,24 @@ def count(ballots: UInt[Array, "workers row"], counts: list[UInt8[Array, " row"]
     """What `VoteStatistics` needs, read off the packed ballots of a row."""
     workers = len(ballots)
     if wire == "two_bit":
-        plus, minus = ballots.astype(jnp.uint8), ~(ballots >> 8).astype(jnp.uint8)
         won, lost = _bits.at_least(counts, workers + 1), ~_bits.at_least(counts, workers)
+        ballots = ballots ^ jnp.uint16(_ABSTAINS)  # plus and minus
+        won, decided = _together(won, lost), _together(won | lost, won | lost)
     else:
-        plus, minus = ballots, ~ballots
         won, lost = _bits.at_least(counts, workers // 2 + 1), ~_bits.at_least(counts, (workers + 1) // 2)
-    # Written down once; otherwise XLA counts anew for each worker.
-    won, lost = lax.optimization_barrier((won, lost))
-    entries = jnp.float32(8 * counts[0].size)
-    with_majority = _ones((plus & won) | (minus & lost))
-    if wire == "one_bit":  # nobody abstains
-        return Counted(with_majority, jnp.broadcast_to(_ones(won | lost), (workers,)), workers * entries, entries)
-    on_decided, votes = _ones((plus | minus) & (won | lost)), _float.sum_in_order(_ones(plus | minus))
-    return Counted(with_majority, on_decided, votes, entries)
+        decided = won | lost
+    won, decided = _bits.widened(won), _bits.widened(decided)
+    entries, all_vote = 8 * counts[0].size, _bits.ones(decided)
 
+    def of_one(cast):
+        if wire == "two_bit":
+            return _bits.ones(cast & won), _bits.ones(cast & decided), _bits.ones(cast)
+        return _bits.ones(~(cast ^ won) & decided), all_vote, jnp.uint32(entries)
 
-def _ones(words: UInt8[Array, "... n"]) -> Float[Array, "..."]:
-    """The number of ones along the last axis."""
-    return jnp.sum(lax.population_count(words).astype(jnp.uint32), axis=-1, dtype=jnp.uint32).astype(jnp.float32)
+    # One worker at a time: in one expression for all XLA on CPUs counts the votes anew for each.
+    found = lax.map(of_one, _bits.widened(ballots))
+    with_majority, on_decided, votes = (x.astype(jnp.float32) for x in found)
+    return Counted(with_majority, on_decided, _float.sum_in_order(votes), jnp.float32(entries))
 
 
 def _without_filling(counted, updates, wire, num_workers) -> Counted:

@@ -391,8 +391,7 @@ def test_the_error_of_a_codec_without_coins_is_what_it_says(x):
 @hypothesis.given(rows_of_floats)
 def test_contractions_contract_by_what_the_docstrings_say(x):
     n, square = x.size, np.sum(x.astype(np.float64) ** 2)
-    if square == 0:
-        return
+    hypothesis.assume(square > 0)
     errors = {name: float(e) for name, e in errors_of_all(jnp.asarray(x)).items()}
     density = np.abs(x).sum(dtype=np.float64) ** 2 / (n * square)
     np.testing.assert_allclose(errors["scaled_sign"], 1 - density, atol=1e-5)
