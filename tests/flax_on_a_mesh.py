@@ -7,8 +7,9 @@ import json
 import os
 import sys
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-os.environ["NPROC"] = "16"
+if __name__ == "__main__":  # before JAX is imported, and never in a process that only collects tests
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    os.environ["NPROC"] = "16"
 
 from flax import linen as nn
 from flax import nnx

@@ -28,6 +28,7 @@ def test_what_promises_bits_is_compiled_as_users_compile_it():
     promising = ("bits", "checkpoints", "conformance", "momentum", "precision", "processes", "runners", "shards")
     promising += ("stacked", "state", "sync", "timings", "vote", "workers")
     assert not {f"test_{name}" for name in promising} & conftest.UNOPTIMIZED
+    assert level() > 0  # of this file, which is not there either
 
 
 def test_the_switch_of_the_other_files_reaches_the_compiler():

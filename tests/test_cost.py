@@ -147,6 +147,7 @@ def test_the_model_is_near_what_was_measured_and_the_kept_records_say_how():
     assert statistics.median(map(abs, cost.errors(free))) > 0.8
 
 
+@pytest.mark.slow
 def test_the_command_prints_intervals_and_draws_the_figure(tmp_path, capsys):
     flags = ["--parameters", "1000000", "--sizes", "2,64", "--output", str(tmp_path)]
     command.main(["cost", *flags])

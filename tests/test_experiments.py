@@ -253,6 +253,7 @@ def test_mnist_without_file_or_network_says_how_to_get_it(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(("name", "shape"), [("mnist", (28, 28, 1)), ("cifar10", (32, 32, 3))])
+@pytest.mark.slow
 def test_a_convolutional_network_trains_on_a_file_that_the_user_names(name, shape, tmp_path):
     rng = np.random.default_rng(0)
     written = {
@@ -329,6 +330,7 @@ def test_the_learning_rate_flag_is_the_learning_rate(tmp_path):
     assert moving["test_accuracy"] > 0.8
 
 
+@pytest.mark.slow
 def test_label_sorted_shards_mislead_a_vote_but_not_a_mean(tmp_path):
     settings = {"optimizer": ("sgd", "signum"), "runner": "simulate", "steps": 200}
     found = {shards: train.final(run(tmp_path, shards=shards, **settings)) for shards in ("shuffled", "sorted")}
@@ -337,6 +339,7 @@ def test_label_sorted_shards_mislead_a_vote_but_not_a_mean(tmp_path):
     assert accuracy["sorted"]["sgd", "mean"] > accuracy["shuffled"]["sgd", "mean"] - 0.03
 
 
+@pytest.mark.slow
 def test_a_vote_of_bits_is_as_accurate_as_a_mean_of_floats(tmp_path):
     found = train.final(run(tmp_path, optimizer=("sgd", "signum"), runner="simulate", seeds=3))
     accuracy = {name: statistics.mean(record["test_accuracy"] for record in ends) for name, ends in found.items()}
@@ -434,6 +437,7 @@ def run_command(name, tmp_path, *arguments):
     return found
 
 
+@pytest.mark.slow
 def test_signprox_finds_the_minimum_of_the_lasso_and_the_prox_of_a_sign_does_not(tmp_path):
     short = ["--steps", "1500", "--looks", "2", "--workers", "2", "--seeds", "1"]
     found = run_command("signprox", tmp_path, "--parts", "known", "--problem", "lasso", *short)
@@ -447,6 +451,7 @@ def test_signprox_finds_the_minimum_of_the_lasso_and_the_prox_of_a_sign_does_not
     assert floats["bits_per_parameter"] / voted["bits_per_parameter"] == pytest.approx(32 * 100 / 112)
 
 
+@pytest.mark.slow
 def test_a_sparse_network_drops_more_for_a_stronger_penalty_and_keeps_it_dropped(tmp_path):
     short = ["--strengths", "0.2,5", "--steps", "60", "--refit_steps", "20", "--learning_rate", "0.01", "--seeds", "1"]
     found = run_command("signprox", tmp_path, "--parts", "network", "--groups", "pixels", "--validation", *short)[1:]
@@ -462,6 +467,7 @@ def test_a_sparse_network_drops_more_for_a_stronger_penalty_and_keeps_it_dropped
     assert shares == {"float weights": 0, "one_bit weights": 1}
 
 
+@pytest.mark.slow
 def test_low_rank_truths_and_constant_pieces_are_found_and_a_falling_step_size_stalls(tmp_path):
     small = ["--size", "12", "--rank", "1", "--condition", "1", "--points", "100", "--pieces", "3", "--seeds", "1"]
     found = run_command("signprox", tmp_path, "--parts", "arrays", *small, "--steps", "2000", "--looks", "2")[1:]
@@ -475,6 +481,7 @@ def test_low_rank_truths_and_constant_pieces_are_found_and_a_falling_step_size_s
     assert smooth["error"] < smooth["error_of_noisy"] / 2
 
 
+@pytest.mark.slow
 def test_the_proximal_part_times_every_program_as_often_as_asked(tmp_path):
     found = run_command(
         "wire", tmp_path, "--parts", "prox", "--parameters", "5000", "--points", "100,200", "--repeats", "3"

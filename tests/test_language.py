@@ -60,6 +60,7 @@ def test_training_lowers_the_loss_and_a_seed_repeats():
     np.testing.assert_allclose(text.train(fixed, SMALL).held_out, curve.held_out, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_gradients_are_taken_where_one_says():
     tx = optax.chain(signopt.mean(text.AXIS), optax.sgd(0.0))
     here = text.train(tx, SMALL)
@@ -67,6 +68,7 @@ def test_gradients_are_taken_where_one_says():
     assert there.train[0] == pytest.approx(np.log(256), rel=1e-5) != here.train[0]
 
 
+@pytest.mark.slow
 def test_workers_that_are_not_alike_draw_from_pieces_of_their_own(tmp_path):
     """The first half of this text is one byte over and over, the second half another."""
     file = tmp_path / "halves.txt"

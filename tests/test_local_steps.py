@@ -33,6 +33,7 @@ def test_bits_are_those_of_a_step_on_average():
     assert bits["muon/vote/16/1/0"] < bits["muon/vote/16/16/1"] < 1.2 * bits["muon/vote/16/1/0"]
 
 
+@pytest.mark.slow
 def test_it_runs_and_draws(tmp_path):
     runs = ("sign_muon/sign/1/1/1", "adamw/mean/4/1/0")
     config = dataclasses.replace(local_steps.Config(runs=runs, seeds=2, output=str(tmp_path)), **SMALL)

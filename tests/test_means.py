@@ -121,7 +121,9 @@ def test_the_vote_is_a_mean_of_signs():
     assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True))
 
 
-@pytest.mark.parametrize("name", ["scaled_sign", "top_k", "qsgd", "int4"])
+@pytest.mark.parametrize(
+    "name", ["scaled_sign", *(pytest.param(name, marks=pytest.mark.slow) for name in ("top_k", "qsgd", "int4"))]
+)
 def test_a_compressed_mean_gives_the_same_bits_in_every_runner(name, devices):
     """Law 5, memory included."""
     tx = signopt.mean(AXIS, uplink=CODECS[name], downlink=CODECS[name], num_workers=M, key=KEY)

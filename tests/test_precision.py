@@ -39,6 +39,7 @@ def distance(tx, dtype, steps=1500, rate=1e-3, num_workers=4):
     return float(jnp.abs(params.astype(jnp.float32) - target).mean())
 
 
+@pytest.mark.slow
 def test_a_run_in_bfloat16_stalls_and_a_wrapped_one_does_not():
     plain = lambda tx: tx
     assert distance(plain, jnp.float32) < 0.02

@@ -136,6 +136,7 @@ def test_four_processes_of_two_devices_give_the_bits_of_one_of_eight(name, four,
 
 
 @pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.slow
 def test_processes_that_swap_large_messages_decide_what_one_does(count, devices, tmp_path):
     finish(tmp_path, [*one_of(count, "large_votes", tmp_path)], [environment(1)] * count)
     alone = one_process.large(devices[:count])

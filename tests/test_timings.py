@@ -40,6 +40,7 @@ def test_ratios_are_those_of_the_same_round():
     assert timing.quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == (2.0, 3.0, 4.0)
 
 
+@pytest.mark.slow
 def test_wire_records_every_program_and_every_stage(tmp_path, devices):
     header, found, drawn = recorded(wire, "wire", dataclasses.replace(TINY, output=str(tmp_path)))
     programs = {(r["program"], r["leaves"], r["wire"]) for r in found if r["kind"] == "program"}
@@ -76,6 +77,7 @@ def test_a_share_of_a_copy_is_one_of_bandwidths():
     assert wire.share_of_copy(stage, copy) == [2.0]
 
 
+@pytest.mark.slow
 def test_step_time_records_every_pair(tmp_path, devices):
     config = step_time.Config(
         parameters=60, leaves=(3,), voted_parameters=60, voted_leaves=4, voted_sizes=("different",), workers=2, rounds=2, compilations=1, imports=1,

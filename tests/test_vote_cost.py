@@ -12,6 +12,7 @@ TINY = vote_cost.Config(parameters=1000, workers=2, width=4, batches=2, batch_si
 
 
 @pytest.mark.parametrize("wire", ("one_bit", "two_bit"))
+@pytest.mark.slow
 def test_every_pair_is_timed_as_often_as_asked(wire, tmp_path, devices):
     config = dataclasses.replace(TINY, wire=wire, output=str(tmp_path))
     path = records.write(config.output, records.header("vote_cost", config), vote_cost.run(config))
