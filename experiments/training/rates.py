@@ -2,8 +2,8 @@
 
 Table: the best peak of a cosine schedule for AdamW and SGD with momentum on float32 means, and for Signum, Lion, signSGD and
 SignMuon by vote of four workers; on the network of the digits, a convolutional network with BatchNorm on the same, and a byte
-transformer. Rates are a factor of two apart, until the best has a worse one on each side, on held-out training data. Then: what
-a vote loses at AdamW's best rate, at a half, a quarter and an eighth of it.
+transformer. Rates are a factor of two apart, until the best has a worse one on each side, on held-out training data. Then:
+AdamW and Signum at the same rate, AdamW's best and down to a sixteenth of it.
 
     python -m experiments rates
 
@@ -39,7 +39,7 @@ import signopt
 AXIS = runners.AXIS
 VOTES = ("signum", "lion", "signsgd", "sign_muon")
 METHODS = ("sgd", "adamw", *VOTES)
-SHARES = (1.0, 0.5, 0.25, 0.125)  # of AdamW's best rate, which votes try as well
+SHARES = (1.0, 0.5, 0.25, 0.125, 0.0625)  # of AdamW's best rate, which AdamW and votes try as well
 LONGER = 4  # a long run over a short one
 WARM_UP = 40  # steps
 SHAPE = texts.Shape(layers=2, width=32, context=16)
@@ -72,7 +72,7 @@ class Problem(NamedTuple):
       loss: From parameters, statistics and a batch to the loss and new statistics.
       draw: From a key and a number of examples to a batch.
       score: From parameters and statistics to the loss and the share of wrong answers on held-out training data.
-      by: Which of the two is to be small.
+      by: Which of the two is to be small: "loss" or "error".
       seeds: Of as many as the `Config` says, how many times.
     """
 
@@ -175,12 +175,12 @@ def optimizer(method: str, schedule: optax.Schedule, workers: int) -> optax.Grad
     return {"signum": signopt.signum, "signsgd": signopt.signsgd}[method](schedule, **voting)
 
 
-def trainer(problem: Problem, method: str, config: Config) -> Callable[[float, int], tuple[np.ndarray, np.ndarray]]:
+def trainer(problem: Problem, method: str, config: Config) -> Callable[[float, int], dict[str, list[float]]]:
     """Compile a short run once, for all learning rates, seeds, and places in a longer run.
 
     Returns:
-      A function from the peak of a schedule and how many short runs make the whole, to the loss and the share of wrong
-      answers of every seed.
+      A function from the peak of a schedule and how many short runs make the whole, to the "loss" and the "error", the
+      share of wrong answers, of every seed.
     """
 
     def made(peak, total):
@@ -222,7 +222,8 @@ def trainer(problem: Problem, method: str, config: Config) -> Callable[[float, i
         state = start(seeds, np.float32(peak), np.float32(parts * config.steps))
         for part in range(parts):
             state = go_on(state, seeds, part)
-        return tuple(map(np.asarray, score(state)))
+        loss, error = score(state)
+        return {"loss": np.asarray(loss).tolist(), "error": np.asarray(error).tolist()}
 
     return run
 
@@ -240,20 +241,27 @@ def run(config: Config) -> Iterator[Record]:
             for parts in (1, LONGER):
                 tried = {}
 
-                def score(rate, tried=tried, train=train, parts=parts):
+                def score(rate, tried=tried, train=train, parts=parts, by=problem.by):
                     if rate not in tried:
                         tried[rate] = train(rate, parts)
-                    losses, errors = tried[rate]
-                    return float(np.mean(losses if problem.by == "loss" else errors))
+                    return float(np.mean(tried[rate][by]))
 
-                starts = [share * of_adamw[parts] for share in SHARES] if method in VOTES else [STARTS[name][method]]
-                found = dict(language.tuned(score, min(starts, key=score)))
-                if method == "adamw":
-                    of_adamw[parts] = best(found)
+                if method in VOTES:
+                    _search(score, [share * of_adamw[parts] for share in SHARES])
+                else:
+                    found = _search(score, [STARTS[name][method]])
+                    if method == "adamw":
+                        while found != (better := _search(score, [share * found for share in SHARES])):
+                            found = better
+                        of_adamw[parts] = found
                 about = {"problem": name, "method": method, "steps": parts * config.steps, "by": problem.by}
                 for rate in sorted(tried):
-                    losses, errors = (x.tolist() for x in tried[rate])
-                    yield {**about, "learning_rate": rate, "losses": losses, "errors": errors}
+                    yield {**about, "learning_rate": rate, **tried[rate]}
+
+
+def _search(score, starts):
+    """The best learning rate, from the best of some on."""
+    return best(dict(language.tuned(score, min(starts, key=score))))
 
 
 def _suits(problem, method):
@@ -263,7 +271,7 @@ def _suits(problem, method):
 def scores(records: list[Record], problem: str, method: str, steps: int) -> dict[float, float]:
     """What is to be small, the mean over seeds, by learning rate; what is not finite is infinite."""
     own = [r for r in records[1:] if (r["problem"], r["method"], r["steps"]) == (problem, method, steps)]
-    found = {r["learning_rate"]: float(np.mean(r["losses"] if r["by"] == "loss" else r["errors"])) for r in own}
+    found = {r["learning_rate"]: float(np.mean(r[r["by"]])) for r in own}
     return {rate: x if np.isfinite(x) else np.inf for rate, x in found.items()}
 
 
@@ -284,7 +292,7 @@ def ratios(records: list[Record], method: str, other: str) -> list[float]:
 
 
 def summary(records: list[Record]) -> list[list[list[str]]]:
-    """The best rates; what they are to AdamW's and SGD's; and what Signum loses at a share of AdamW's."""
+    """The best rates; what they are to AdamW's and SGD's; and AdamW and Signum at the same shares of AdamW's best."""
     methods = [m for m in METHODS if m in records[0]["config"]["methods"]]
     rates = [["trained", "steps", *methods]]
     for problem, steps in cells(records):
@@ -296,15 +304,18 @@ def summary(records: list[Record]) -> list[list[list[str]]]:
     for method in (m for m in VOTES if m in methods):
         both = [ratios(records, method, other) for other in ("adamw", "sgd")]
         spread.append([method, *(_three(found) for found in both)])
-    shares = [["trained", "steps", "adamw", "signum", *(f"signum at {share:g} x adamw's rate" for share in SHARES)]]
+    shares = [["trained", "steps", "signum at its best", *(f"both at {_share(share)}" for share in SHARES)]]
     for problem, steps in cells(records):
         adamw, signum = (scores(records, problem, method, steps) for method in ("adamw", "signum"))
         if adamw and signum:
-            at = [signum[share * best(adamw)] for share in SHARES]
-            shares.append(
-                [problem, f"{steps}", *(_said(problem, x) for x in (adamw[best(adamw)], signum[best(signum)], *at))]
-            )
+            at = [share * best(adamw) for share in SHARES]
+            both = [f"{_said(problem, adamw[rate])}, {_said(problem, signum[rate])}" for rate in at]
+            shares.append([problem, f"{steps}", _said(problem, signum[best(signum)]), *both])
     return [rates, spread, shares]
+
+
+def _share(share):
+    return "AdamW's best rate" if share == 1 else f"1/{1 / share:g} of it"
 
 
 def _said(problem, score):
