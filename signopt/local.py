@@ -69,6 +69,7 @@ def local_steps(
     fragments: int = 1,
     delay: int = 0,
     reset_inner: bool = False,
+    axis_name: _axis.AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Let every worker train by itself, and exchange what that came to once in a while.
 
@@ -107,6 +108,8 @@ def local_steps(
       fragments: F, parts that are exchanged in turn; has to divide `every`.
       delay: 0 to decide at once; 1 to decide one step later.
       reset_inner: Start the state of `inner` anew in every round; without fragments only.
+      axis_name: That axis, as for `signopt.workers.per_worker`: its size is checked against `num_workers`, and Flax's boxes
+        are told its name; with None neither is.
 
     Returns:
       A transformation whose `update` takes `params`, and passes `present` and other extra arguments on to both
@@ -158,7 +161,7 @@ def local_steps(
             f"`{caller}(reset_inner=...)` has to be False with fragments={fragments}, got {reset_inner!r}: there is no step "
             "in which all of a worker's parameters start anew."
         )
-    own: Any = workers.per_worker(_own_steps(inner, delay, reset_inner), num_workers)
+    own: Any = workers.per_worker(_own_steps(inner, delay, reset_inner), num_workers, axis_name=axis_name)
     parts = _Parts(optax.with_extra_args_support(outer), fragments)
     pause = every // fragments  # steps from one exchange to the next
 

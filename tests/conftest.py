@@ -20,7 +20,7 @@ hypothesis.settings.load_profile("signopt")
 UNOPTIMIZED = {
     "test_adversary", "test_alias", "test_cost", "test_diagnostics", "test_docs", "test_estimators",
     "test_experiments", "test_fuzz", "test_geometry", "test_headroom", "test_loops", "test_neighbours", "test_pages",
-    "test_prox", "test_recipes", "test_signprox", "test_step_size", "test_theory", "test_vote_cost",
+    "test_prox", "test_rates", "test_recipes", "test_signprox", "test_step_size", "test_theory", "test_vote_cost",
 }  # fmt: skip
 
 

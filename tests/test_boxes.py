@@ -165,3 +165,26 @@ def test_partition_specs_and_both_of_flax_s_name_the_workers_axis():
     assert linen == P("data", "x", None)
     assert nn.logical_to_mesh(linen, (("x", "fsdp"), ("data", "data"))) == P("data", "fsdp", None)
     assert nnx.get_partition_spec(ema(state)["v"]).get_value() == P("data", "x", None)
+
+
+@pytest.mark.parametrize("kind", ("LogicallyPartitioned", "tuple"))
+def test_local_steps_tell_boxes_the_axis_too(kind):
+    outer = optax.chain(signopt.mean("data"), optax.sgd(1.0))
+    tx = signopt.local_steps(optax.sgd(0.5, momentum=0.9), outer, every=2, num_workers=M, axis_name="data")
+    params = {"w": BOXES[kind]()}
+    state = tx.init(params)
+    steps = state.own.per_worker
+    for box in (steps.offset["w"], optax.tree.get(steps.inner_state, "trace")["w"]):
+        assert spec_of(box) == P("data", "x", None)
+    step = lambda own: tx.update(params, state._replace(own=own), params)[1].own
+    assert jax.tree.structure(jax.vmap(step, axis_name="data")(state.own)) == jax.tree.structure(state.own)
+
+
+def test_local_steps_check_the_size_of_the_axis():
+    outer = optax.chain(signopt.mean("w"), optax.sgd(1.0))
+    tx = signopt.local_steps(optax.sgd(0.5), outer, every=2, num_workers=M, axis_name="w")
+    own = jax.tree.map(lambda x: x[:2], tx.init(jnp.zeros(3)).own)
+    with pytest.raises(ValueError, match=r"has to be the size of axis 'w', which is 2, got 4"):
+        jax.vmap(
+            lambda own: tx.update(jnp.zeros(3), tx.init(jnp.zeros(3))._replace(own=own), jnp.zeros(3)), axis_name="w"
+        )(own)

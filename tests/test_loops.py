@@ -1,4 +1,4 @@
-"""Every loop of docs/loops.md runs before and after its diff, learns on both sides, and the diff is short."""
+"""Every loop of docs/ runs before and after its diff, learns on both sides, and the diff is short."""
 
 import pathlib
 import re
@@ -6,9 +6,17 @@ import re
 import numpy as np
 import pytest
 
-TEXT = (pathlib.Path(__file__).parents[1] / "docs" / "loops.md").read_text(encoding="utf-8")
-PREAMBLE, *SECTIONS = re.split(r"^## ", TEXT, flags=re.MULTILINE)
-TITLES = [section.partition("\n")[0].replace("`", "") for section in SECTIONS]
+DOCS = pathlib.Path(__file__).parents[1] / "docs"
+PAGES = ("loops", "nnx", "loop_parts")
+
+
+def read(page):
+    """What its loops share, and its sections by title."""
+    preamble, *sections = re.split(r"^## ", (DOCS / f"{page}.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return preamble, {section.partition("\n")[0].replace("`", ""): section for section in sections}
+
+
+SECTIONS = {title: (page, section) for page in PAGES for title, section in read(page)[1].items()}
 
 
 def blocks(text, language):
@@ -23,25 +31,26 @@ def sides(diff):
 
 
 def execute(code, namespace):
-    exec(compile(code, "docs/loops.md", "exec"), namespace)
+    exec(compile(code, "docs", "exec"), namespace)
     return namespace
 
 
-def shared():
-    (setup,) = blocks(PREAMBLE, "python")
+def shared(page):
+    (setup,) = blocks(read(page)[0], "python")
     return execute(setup, {})
 
 
-@pytest.mark.parametrize("section", SECTIONS, ids=TITLES)
-def test_the_loop_learns_before_and_after(section, devices):
+@pytest.mark.parametrize("title", SECTIONS)
+def test_the_loop_learns_before_and_after(title, devices):
+    page, section = SECTIONS[title]
     (diff,) = blocks(section, "diff")
     before, after = sides(diff)
     assert 1 <= sum(line.startswith("+") for line in diff.splitlines()) <= 5
     for code in (before, after):
-        namespace = execute(code, shared())
+        namespace = execute(code, shared(page))
         losses = namespace["losses"]
         assert np.isfinite(losses).all()
-        stalls = code is before and section.startswith("Parameters in bfloat16")
+        stalls = code is before and title == "Parameters in bfloat16"
         assert (np.mean(losses[-5:]) < 0.75 * losses[0]) != stalls
     for check in blocks(section, "python"):
         execute(check, namespace)
@@ -56,7 +65,7 @@ def test_both_sides_of_a_diff_are_read():
         execute("assert 1 == 2", {})
 
 
-def test_the_page_covers_every_loop_that_it_should():
+def test_the_pages_cover_every_loop_that_they_should():
     wanted = (
         "pmap",
         "shard_map",
@@ -72,6 +81,12 @@ def test_the_page_covers_every_loop_that_it_should():
         "scan",
         "BatchNorm",
         "Dropout",
+        "DynamicScale",
+        "bfloat16",
+        "Rngs and metrics",
+        "Equinox",
+        "another number of workers",
     )
-    for name in (*wanted, "DynamicScale", "bfloat16"):
-        assert any(name in title for title in TITLES), name
+    for name in wanted:
+        assert any(name in title for title in SECTIONS), name
+    assert len(SECTIONS) == sum(len(read(page)[1]) for page in PAGES)

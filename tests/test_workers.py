@@ -334,3 +334,17 @@ def test_bytes_sent_refuses_an_unknown_wire_and_nobody():
         signopt.wire.bytes_sent(jnp.zeros(3), M, "bits")
     with pytest.raises(ValueError, match=r"`bytes_sent\(num_workers=...\)` has to be at least 1, got 0\."):
         signopt.wire.bytes_sent(jnp.zeros(3), 0, "one_bit")
+
+
+def test_place_says_that_state_is_of_another_number_of_workers(devices):
+    mesh = jax.make_mesh((8,), ("w",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
+    state = {"opt": signopt.signum(0.1, axis_name="w", num_workers=4).init(jnp.zeros(3)), "step": 0}
+    cure = r"`place\(\.\.\.\)` has to be given the state of all 8 workers, got shape \(4,.*resize\(state, 8\)"
+    for specs in (
+        workers.partition_specs(state, "w"),
+        {"opt": workers.partition_specs(state["opt"], "w"), "step": jax.P()},
+    ):
+        with pytest.raises(ValueError, match=cure):
+            workers.place(state, mesh, specs)
+    with pytest.raises(ValueError, match="divi"):  # JAX's own, where nothing is wrong with the workers
+        workers.place(np.ones(3), mesh, jax.P("w"))

@@ -1,6 +1,7 @@
 """Where arrays lie: put on a mesh from wherever they come, and split over the workers where types say how they are split."""
 
 from collections.abc import Callable, Iterable
+import math
 from typing import Any
 
 import jax
@@ -13,6 +14,8 @@ from jax.sharding import PartitionSpec
 import numpy as np
 
 from signopt import _axis
+from signopt.workers.state import check_num_workers
+from signopt.workers.state import owners
 
 
 def place(tree: Any, mesh: Mesh, specs: Any) -> Any:
@@ -29,6 +32,9 @@ def place(tree: Any, mesh: Mesh, specs: Any) -> Any:
     Returns:
       The tree on the mesh. Between processes nothing travels.
 
+    Raises:
+      ValueError: If per-worker state is that of another number of workers than `specs` split it over.
+
     Examples:
       >>> import jax, numpy as np
       >>> from signopt.workers import place
@@ -41,7 +47,14 @@ def place(tree: Any, mesh: Mesh, specs: Any) -> Any:
     def put(spec, part):
         return jax.tree.map(lambda x: x if lie_on([x], mesh) else _put(x, NamedSharding(mesh, spec)), part)
 
-    return jax.tree.map(put, specs, tree, is_leaf=lambda x: isinstance(x, PartitionSpec))
+    try:
+        return jax.tree.map(put, specs, tree, is_leaf=lambda x: isinstance(x, PartitionSpec))
+    except ValueError:  # JAX says that some axis cannot be split, and not what to do
+        of_leaves = jax.tree.broadcast(specs, tree, is_leaf=lambda x: isinstance(x, PartitionSpec))
+        split = zip(jax.tree.leaves(of_leaves), jax.tree.leaves(owners(tree)), strict=True)
+        names = next((_axis.names(spec[0]) for spec, owner in split if owner != "shared" and len(spec)), ())
+        check_num_workers(tree, math.prod(mesh.shape[name] for name in names), "place")
+        raise
 
 
 def lie_on(leaves: Iterable[Any], mesh: Mesh) -> bool:

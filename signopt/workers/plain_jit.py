@@ -24,8 +24,8 @@ from signopt import _axis
 from signopt import _shards
 from signopt.workers import _layout
 from signopt.workers._shared import settled
-from signopt.workers.run import check_num_workers
 from signopt.workers.shards import on_shards
+from signopt.workers.state import check_num_workers
 from signopt.workers.state import owners
 from signopt.workers.state import partition_specs
 

@@ -20,6 +20,7 @@ from signopt.workers import _layout
 from signopt.workers import check
 from signopt.workers._shared import settled
 from signopt.workers.gradient import check_batch
+from signopt.workers.state import check_num_workers
 from signopt.workers.state import owners
 from signopt.workers.state import partition_specs
 
@@ -270,17 +271,6 @@ def _leaves_and_metrics(found, treedef, caller):
             f"`{caller}(step)` has to return a state of the structure that it is given, {treedef}, got {new_treedef}."
         )
     return leaves, metrics
-
-
-def check_num_workers(state: Any, num_workers: int, caller: str) -> None:
-    """Raise a `ValueError` if per-worker state is not that of so many workers."""
-    for (path, x), owner in zip(jax.tree.leaves_with_path(state), jax.tree.leaves(owners(state)), strict=True):
-        if owner != "shared" and (jnp.ndim(x) == 0 or jnp.shape(x)[0] != num_workers):
-            raise ValueError(
-                f"`{caller}(...)` has to be given the state of all {num_workers} workers, got shape {jnp.shape(x)} at "
-                f"`state{jax.tree_util.keystr(path)}`. Make it with `num_workers={num_workers}`, or carry it over with "
-                f"`signopt.workers.resize(state, {num_workers})`."
-            )
 
 
 def _differs(path, caller):

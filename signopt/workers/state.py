@@ -115,6 +115,17 @@ def require_size(num_workers: int, axis_name: _axis.AxisName, caller: str) -> No
         )
 
 
+def check_num_workers(state: Any, num_workers: int, caller: str) -> None:
+    """Raise a `ValueError` if per-worker state is not that of so many workers."""
+    for (path, x), owner in zip(jax.tree.leaves_with_path(state), jax.tree.leaves(owners(state)), strict=True):
+        if owner != "shared" and (jnp.ndim(x) == 0 or jnp.shape(x)[0] != num_workers):
+            raise ValueError(
+                f"`{caller}(...)` has to be given the state of all {num_workers} workers, got shape {jnp.shape(x)} at "
+                f"`state{jax.tree_util.keystr(path)}`. Make it with `num_workers={num_workers}`, or carry it over with "
+                f"`signopt.workers.resize(state, {num_workers})`."
+            )
+
+
 def owners(state: Any) -> Any:
     """Whose each leaf of a state is.
 
