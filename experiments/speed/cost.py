@@ -15,6 +15,7 @@ import dataclasses
 import math
 import pathlib
 import statistics
+from typing import Any
 
 import numpy as np
 import rich.console
@@ -137,7 +138,7 @@ def run(config: Config) -> Iterator[Record]:
         yield {"kind": "two levels", "hosts": hosts, "devices": config.inner, "wire": wire, "seconds": seconds}
 
 
-def named(way: str) -> tuple[str, dict[str, int]]:
+def named(way: str) -> tuple[str, dict[str, Any]]:
     """Read a way of exchanging.
 
     Raises:
@@ -182,7 +183,7 @@ def check(measured: list[Record], rates: exchanges.Rates) -> Iterator[Record]:
         wire = WIRE_OF_PROGRAM[program]
         sent = "float32" if wire == "bfloat16" else wire
         cluster = exchanges.Cluster(hosts, 1e6 * megabits * PAYLOAD_SHARE)
-        shared = exchanges.Rates(**{name: hosts * value for name, value in dataclasses.asdict(rates).items()})
+        shared = rates.times(hosts)
         yield {
             "kind": "check",
             "hosts": hosts,
