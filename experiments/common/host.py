@@ -301,33 +301,43 @@ def _steps(way, width, layers, tokens):
     rng = np.random.default_rng(jax.process_index())
     windows = _on_hosts(rng.integers(0, texts.BYTES, (1, tokens + 1), np.uint8))
     size = sum(x.size for x in jax.tree.leaves(params))
-    if ways.overlaps(way):
-        together = two_programs.Steps(texts.loss, *ways.pair(way, AXIS), params, mesh())
-
-        def one():
-            together.step(windows)
-            return together.params, together.offset
-
-    else:
-        made = optax.with_extra_args_support(ways.optimizer(way, AXIS, shape.workers))
-        value_and_grad = signopt.workers.value_and_grad(texts.loss, axis_name=AXIS)
-
-        def step(state, windows):
-            params, opt_state = state
-            place = params if way in ways.PLAIN else signopt.local_params(opt_state, params)
-            value, gradients = value_and_grad(place, windows)
-            updates, opt_state = made.update(gradients, opt_state, params)
-            return (optax.apply_updates(params, updates), opt_state), value
-
-        run = signopt.workers.on_mesh(step, mesh(), axis_name=AXIS, donate=True, check_vma=False)
-        held = [_placed((params, made.init(params)))]
-
-        def one():
-            held[0], _ = run(held[0], windows)
-            return held[0]
-
+    one = (_late if ways.overlaps(way) else _at_once)(way, shape.workers, params, windows)
     jax.block_until_ready(one())
     return one, size
+
+
+def _late(way, workers, params, windows):
+    """A step whose vote is a program of its own."""
+    del workers
+    together = two_programs.Steps(texts.loss, *ways.pair(way, AXIS), params, mesh())
+
+    def one():
+        together.step(windows)
+        return together.params, together.offset
+
+    return one
+
+
+def _at_once(way, workers, params, windows):
+    """A step that is one program."""
+    made = optax.with_extra_args_support(ways.optimizer(way, AXIS, workers))
+    value_and_grad = signopt.workers.value_and_grad(texts.loss, axis_name=AXIS)
+
+    def step(state, windows):
+        params, opt_state = state
+        place = params if way in ways.PLAIN else signopt.local_params(opt_state, params)
+        value, gradients = value_and_grad(place, windows)
+        updates, opt_state = made.update(gradients, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), value
+
+    run = signopt.workers.on_mesh(step, mesh(), axis_name=AXIS, donate=True, check_vma=False)
+    held = [_placed((params, made.init(params)))]
+
+    def one():
+        held[0], _ = run(held[0], windows)
+        return held[0]
+
+    return one
 
 
 def steps(way: str, width: int, layers: int, tokens: int, count: int) -> dict[str, Any]:

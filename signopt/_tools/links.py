@@ -16,6 +16,7 @@ from jax import lax
 from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from signopt import workers
 from signopt._tools import exchanges
@@ -97,7 +98,7 @@ def rates() -> exchanges.Rates:
     def step(state, batch):
         params, opt_state = state
         updates, opt_state = tx.update(batch[0], opt_state, params)
-        return (params - 1e-3 * updates, opt_state), None
+        return (optax.apply_updates(params, updates), opt_state), None
 
     run = jax.jit(workers.simulate(step, 1, axis_name=AXIS), donate_argnums=0)
     batch = jnp.ones((1, size))
