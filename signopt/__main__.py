@@ -3,6 +3,7 @@
 * `info`: versions, devices and flags, for a bug report.
 * `headroom --loss package.module:function`: how long your step takes, and what a vote makes of it.
 * `geometry --loss package.module:function`: whether signs suit your loss.
+* `advise --loss package.module:function`: what to send over your network, how often and when, and the lines to paste.
 
 The function returns `(params, loss, batches)`: `loss(params, batch)` is a scalar, and every leaf of `batches` has a leading
 axis of mini-batches.
@@ -13,12 +14,13 @@ from collections.abc import Sequence
 import json
 import sys
 
+from signopt._tools import advise
 from signopt._tools import geometry
 from signopt._tools import headroom
 from signopt._tools import info
 from signopt._tools.problem import UsageError
 
-TOOLS = {"info": info, "headroom": headroom, "geometry": geometry}
+TOOLS = {"info": info, "headroom": headroom, "geometry": geometry, "advise": advise}
 
 
 def main(words: Sequence[str]) -> None:

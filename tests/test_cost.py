@@ -48,6 +48,46 @@ def test_without_work_and_latency_time_is_bytes_over_bandwidth(wire, workers):
     assert exchanges.exchange_seconds(10**6, wire, late, FREE) >= expected + 1e-3 * math.log2(workers) * (1 - 1e-9)
 
 
+@pytest.mark.parametrize("wire", exchanges.CODED)
+def test_the_codecs_send_what_the_library_sends_and_less_than_a_mean(wire):
+    tree = [jax.ShapeDtypeStruct((1000,), "float32")]
+    found = exchanges.bytes_sent(1000, 4, wire)
+    assert found == signopt.wire.bytes_sent(tree, 4, exchanges.CODED[wire](4))
+    assert found < exchanges.bytes_sent(1000, 4, "float32")
+    work = exchanges.work_seconds(1000, 4, wire, dataclasses.replace(FREE, **{wire: 1.0}))
+    assert work == 1000.0
+
+
+def test_rare_exchanges_cost_their_share_and_late_ones_only_what_computation_does_not_hide():
+    cluster, compute = exchanges.Cluster(2, 1e8, 0.0, 0.0), 0.3
+    nothing = dict.fromkeys((field.name for field in dataclasses.fields(exchanges.Rates)), 0.0)
+    rates = exchanges.Rates(**nothing | {"pack": 1e-8, "offset": 2e-8})
+
+    def seconds(wire, **schedule):
+        return exchanges.step_seconds(10**6, wire, cluster, rates, compute_seconds=compute, **schedule)
+
+    floats, bits = 0.32, 0.01
+    assert seconds("float32") == pytest.approx(compute + floats)
+    assert seconds("float32", every=16) == pytest.approx(compute + floats / 16 + 0.02)
+    # Parts send as much as the whole, and a part of everything in each step.
+    assert seconds("float32", every=16, fragments=16) == pytest.approx(seconds("float32", every=16))
+    # What is hidden is travel, never work.
+    assert seconds("one_bit", delay=1) == pytest.approx(compute + 0.01 + 0.02)
+    assert seconds("float32", delay=1) == pytest.approx(floats + 0.02)
+    assert seconds("float32", every=8, fragments=8, delay=1) == pytest.approx(compute + 0.02)
+    # Inside a `lax.cond`, and on CPUs, nothing is.
+    assert seconds("float32", every=8, delay=1) == pytest.approx(compute + floats / 8 + 0.02)
+    assert seconds("one_bit", delay=1, overlaps=False) == pytest.approx(compute + bits + 0.01 + 0.02)
+
+
+def test_a_way_that_there_is_not_is_an_error_that_shows_some():
+    with pytest.raises(
+        SystemExit, match=r"--ways has to be of names such as sized/16/1/0, sized/16/16/1, got bit/1/1/0"
+    ):
+        cost.named("bit/1/1/0")
+    assert cost.bits("one_bit/16/1/0", 2**20, 2) == pytest.approx(1 / 16)
+
+
 def test_a_vote_is_never_more_than_thirty_two_times_as_fast():
     for workers in (2, 4, 8, 64):
         for bandwidth in (1e6, 1e8, 1e10):
@@ -152,7 +192,7 @@ def test_the_command_prints_intervals_and_draws_the_figure(tmp_path, capsys):
     flags = ["--parameters", "1000000", "--sizes", "2,64", "--output", str(tmp_path)]
     command.main(["cost", *flags])
     header, *found = records.read(tmp_path / records.FILE)
-    assert {r["kind"] for r in found} == {"rates", "check", "wire", "two levels"}
+    assert {r["kind"] for r in found} == {"rates", "check", "wire", "way", "two levels"}
     by_wire = {(r["workers"], r["wire"]): r for r in found if r["kind"] == "wire"}
     # Two hosts send as much either way, and a gather is one message less.
     assert by_wire[2, "all_gather"]["fastest_from"] == by_wire[64, "one_bit"]["fastest_from"] == pytest.approx(1e6)
@@ -162,6 +202,7 @@ def test_the_command_prints_intervals_and_draws_the_figure(tmp_path, capsys):
     assert [axes.get_title() for axes in figure.axes if axes.axison] == [
         "2 workers",
         "64 workers",
+        "64 workers: wire/every/fragments/delay",
         "8 hosts of 8 devices",
         "check",
     ]

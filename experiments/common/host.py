@@ -1,4 +1,4 @@
-"""What runs on each host of `slow_network`: votes and training between processes, timed, with the bytes of its network card.
+"""What runs on each host of `slow_network` and `hidden`: votes and training between processes, timed, with the bytes of its network card.
 
     python -m experiments.common.host COORDINATOR HOSTS INDEX
 
@@ -7,6 +7,7 @@ and answers each with a JSON line on stdout.
 """
 
 from collections.abc import Callable
+import dataclasses
 import functools
 import json
 import os
@@ -26,11 +27,15 @@ from experiments.common import models
 from experiments.common import namespaces
 from experiments.common import optimizers
 from experiments.common import swaps
+from experiments.common import text as texts
+from experiments.common import two_programs
+from experiments.common import ways
 import signopt
 from signopt import _bits
 from signopt import _flat
 from signopt import border
 from signopt import vote
+from signopt._tools import links
 
 AXIS = optimizers.AXIS
 STEP = 1e-3  # by which a vote moves the values of the next one
@@ -279,7 +284,88 @@ def train(
     return {"steps": done, "seconds": seconds, "accuracy": reached, "parameters": size} | _traffic(before, done)
 
 
-ORDERS = {"votes": votes, "late": late, "train": train}
+def link() -> dict[str, Any]:
+    """What joins the hosts, and how fast one of them packs, as `python -m signopt advise` measures it."""
+    own = jax.make_mesh((jax.device_count(),), (links.AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
+    found = links.measured(own)
+    return {name: cluster._asdict() for name, cluster in found._asdict().items()} | {
+        "rates": dataclasses.asdict(links.rates())
+    }
+
+
+@functools.cache
+def _steps(way, width, layers, tokens):
+    """A function of nothing that makes a step of a transformer, compiled, and the number of parameters."""
+    shape = texts.Shape(layers=layers, width=width, context=tokens, workers=jax.device_count(), batch_size=1)
+    params = texts.init(jax.random.key(0), shape)
+    rng = np.random.default_rng(jax.process_index())
+    windows = _on_hosts(rng.integers(0, texts.BYTES, (1, tokens + 1), np.uint8))
+    size = sum(x.size for x in jax.tree.leaves(params))
+    one = (_late if ways.overlaps(way) else _at_once)(way, shape.workers, params, windows)
+    jax.block_until_ready(one())
+    return one, size
+
+
+def _late(way, workers, params, windows):
+    """A step whose vote is a program of its own."""
+    del workers
+    together = two_programs.Steps(texts.loss, *ways.pair(way, AXIS), params, mesh())
+
+    def one():
+        together.step(windows)
+        return together.params, together.offset
+
+    return one
+
+
+def _at_once(way, workers, params, windows):
+    """A step that is one program."""
+    made = optax.with_extra_args_support(ways.optimizer(way, AXIS, workers))
+    value_and_grad = signopt.workers.value_and_grad(texts.loss, axis_name=AXIS)
+
+    def step(state, windows):
+        params, opt_state = state
+        place = params if way in ways.PLAIN else signopt.local_params(opt_state, params)
+        value, gradients = value_and_grad(place, windows)
+        updates, opt_state = made.update(gradients, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), value
+
+    run = signopt.workers.on_mesh(step, mesh(), axis_name=AXIS, donate=True, check_vma=False)
+    held = [_placed((params, made.init(params)))]
+
+    def one():
+        held[0], _ = run(held[0], windows)
+        return held[0]
+
+    return one
+
+
+def steps(way: str, width: int, layers: int, tokens: int, count: int) -> dict[str, Any]:
+    """Make steps of a byte transformer back to back.
+
+    Args:
+      way: Whether workers exchange, what, how often and when; a name of `ways.optimizer`.
+      width: Of the transformer.
+      layers: Its blocks.
+      tokens: Bytes that a host learns from in a step.
+      count: How many steps; 0 only compiles.
+
+    Returns:
+      The seconds and traffic of one on this host, and the number of parameters.
+    """
+    one, size = _steps(way, width, layers, tokens)
+    meet()
+    before, begin = namespaces.counted(), time.perf_counter()
+    last = None
+    for _ in range(count):
+        last = one()
+    jax.block_until_ready(last)
+    seconds = time.perf_counter() - begin
+    meet()
+    return {"seconds": seconds / max(count, 1), "parameters": size} | _traffic(before, max(count, 1))
+
+
+ORDERS = {"votes": votes, "late": late, "train": train, "link": link, "steps": steps}
 
 
 def main(coordinator: str, hosts: int, index: int) -> None:

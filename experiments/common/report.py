@@ -18,6 +18,7 @@ from typing import Any
 import rich.console
 import rich.table
 
+from experiments.common import basis
 from experiments.common import records as recorded
 from experiments.common.records import Record
 
@@ -54,6 +55,8 @@ def main(arguments: Sequence[str], load: Callable[[str], Any], show: Callable[[A
         page.write_text(written(own, load), encoding="utf-8")
         print(f"written: {page}")
         text += own
+    for path in basis.write(MEASURED, FOLDER.parent):
+        print(f"written: {path}")
     for name in sorted({path.name for path in MEASURED.iterdir()} - set(_TABLE.findall(text))):
         print(f"no place for {name}: put `<!-- report: {name} -->` and `<!-- end -->` where its table shall stand")
 

@@ -15,6 +15,7 @@ import dataclasses
 import math
 import pathlib
 import statistics
+from typing import Any
 
 import numpy as np
 import rich.console
@@ -45,6 +46,19 @@ WIRE_OF_PROGRAM = {
 PAYLOAD_SHARE = 1 - namespaces.HEADER_BYTES / (namespaces.MTU + 14)
 BANDWIDTHS = np.logspace(6, 13, 141)  # bits/s
 WORTH = 1.1  # a gain that one would notice
+# Wire, `every`, `fragments` and `delay`, as in `signopt.local_steps`.
+WAYS = (
+    "float32/1/1/0",
+    "low_precision/1/1/0",
+    "scaled_sign/1/1/0",
+    "top_k/1/1/0",
+    "one_bit/1/1/0",
+    "one_bit/1/1/1",
+    "float32/16/1/0",
+    "sized/16/1/0",
+    "sized/16/16/1",
+)
+SHOWN = (1e8, 1e9, 1e10, 1e11)  # bits/s, of the table of ways
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +72,7 @@ class Config:
     step_ms: float = flag(200.0, "milliseconds that a worker computes in a step", at_least=0)
     inner: int = flag(8, "devices of a host, which average in float32 in the plot of two levels", at_least=1)
     inner_gigabits: float = flag(400.0, "Gbit/s of the links inside a host", at_least=1e-3)
+    ways: tuple[str, ...] = flag(WAYS, "of exchanging: wire/every/fragments/delay")
     measured: str = flag("", "records of slow_network to check against; those kept with the code if empty")
     stages: str = flag("", "records of the experiment wire, with the rates of this machine; those of ours if empty")
     workers: int = flag(1, "devices to ask for", at_least=1)
@@ -104,12 +119,46 @@ def run(config: Config) -> Iterator[Record]:
                 "fastest_to": max(wins, default=None),
                 "seconds": times[wire],
             }
+    workers = config.sizes[min(2, len(config.sizes) - 1)]
+    cluster = exchanges.Cluster(workers, math.nan, 1e-6 * config.latency_us, 1e-6 * config.message_us)
+    for way in progress.track(config.ways, "ways"):
+        wire, schedule = named(way)
+        seconds = [
+            exchanges.step_seconds(
+                size, wire, cluster._replace(bits_per_second=b), rates, compute_seconds=compute, **schedule
+            )
+            for b in BANDWIDTHS
+        ]
+        yield {"kind": "way", "workers": workers, "way": way, "seconds": seconds, "bits": bits(way, size, workers)}
     hosts = max(2, config.sizes[len(config.sizes) // 2] // config.inner)
     inner = exchanges.Cluster(config.inner, 1e9 * config.inner_gigabits, 1e-6, 0.0)
     for wire in exchanges.WIRES:
         outer = [exchanges.Cluster(hosts, b, 1e-6 * config.latency_us, 1e-6 * config.message_us) for b in BANDWIDTHS]
         seconds = [exchanges.two_level_seconds(size, wire, inner, o, rates, compute_seconds=compute) for o in outer]
         yield {"kind": "two levels", "hosts": hosts, "devices": config.inner, "wire": wire, "seconds": seconds}
+
+
+def named(way: str) -> tuple[str, dict[str, Any]]:
+    """Read a way of exchanging.
+
+    Raises:
+      SystemExit: If there is no such wire, or a number is missing.
+
+    Examples:
+      >>> named("sized/16/4/1")
+      ('sized', {'every': 16, 'fragments': 4, 'delay': 1})
+    """
+    wire, *numbers = way.split("/")
+    if wire not in (*exchanges.WIRES, *exchanges.CODED) or len(numbers) != 3 or not all(map(str.isdecimal, numbers)):
+        raise SystemExit(f"error: --ways has to be of names such as {', '.join(WAYS[-2:])}, got {way}")
+    return wire, dict(zip(("every", "fragments", "delay"), map(int, numbers), strict=True))
+
+
+def bits(way: str, parameters: int, workers: int) -> float:
+    """What a worker sends per parameter and step, on average over a round."""
+    wire, schedule = named(way)
+    part = -(-parameters // schedule["fragments"])
+    return 8 * exchanges.bytes_sent(part, workers, wire) * schedule["fragments"] / schedule["every"] / parameters
 
 
 def check(measured: list[Record], rates: exchanges.Rates) -> Iterator[Record]:
@@ -134,7 +183,7 @@ def check(measured: list[Record], rates: exchanges.Rates) -> Iterator[Record]:
         wire = WIRE_OF_PROGRAM[program]
         sent = "float32" if wire == "bfloat16" else wire
         cluster = exchanges.Cluster(hosts, 1e6 * megabits * PAYLOAD_SHARE)
-        shared = exchanges.Rates(**{name: hosts * value for name, value in dataclasses.asdict(rates).items()})
+        shared = rates.times(hosts)
         yield {
             "kind": "check",
             "hosts": hosts,
@@ -195,7 +244,7 @@ def errors(records: list[Record]) -> list[float]:
 
 def table(records: list[Record]) -> rich.console.Group:
     """The check, and for each number of workers what pays where."""
-    return rich.console.Group(*(part(records) for part in (_table_of_check, _table_of_wires)))
+    return rich.console.Group(*(part(records) for part in (_table_of_check, _table_of_wires, _table_of_ways)))
 
 
 def _table_of_check(records):
@@ -229,6 +278,23 @@ def _table_of_wires(records):
             drawn.add_section()
     drawn.caption = "fastest of all: among the bandwidths of the plot, 1 Mbit/s to 10 Tbit/s"
     return drawn
+
+
+def _table_of_ways(records):
+    found = [r for r in records[1:] if r["kind"] == "way"]
+    drawn = rich.table.Table(title=f"seconds of a step, {found[0]['workers'] if found else 0} workers")
+    shown = [f"{exchanges.bandwidth(b)}bit/s" for b in SHOWN]
+    for column in ("wire", "every", "fragments", "delay", "bits per\nparameter", *shown):
+        drawn.add_column(column, justify="left" if column == "wire" else "right")
+    for r in found:
+        drawn.add_row(*r["way"].split("/"), f"{r['bits']:.3g}", *(f"{at(r, b):.3g}" for b in SHOWN))
+    drawn.caption = "late exchanges run beside computation where nothing holds them, as on accelerators"
+    return drawn
+
+
+def at(record: Record, bits_per_second: float) -> float:
+    """What a curve says at the bandwidth of the plot that is nearest."""
+    return record["seconds"][int(np.argmin(abs(np.log(BANDWIDTHS / bits_per_second))))]
 
 
 def _interval(low, high):
@@ -270,15 +336,20 @@ def plot(records: list[Record], folder: str) -> list[pathlib.Path]:
     two = [r for r in records[1:] if r["kind"] == "two levels"]
     checked = [r for r in records[1:] if r["kind"] == "check"]
     title = f"the model, {config['parameters']:,} parameters"
-    figure, panels = plots.panels(len(sizes) + 1 + bool(checked), title=title)
+    ways = [r | {"wire": r["way"]} for r in records[1:] if r["kind"] == "way"]
+    figure, panels = plots.panels(len(sizes) + bool(ways) + 1 + bool(checked), title=title)
     curves = [(f"{w:,} workers", [r for r in of_wires if r["workers"] == w], compute) for w in sizes]
+    if ways:
+        curves.append((f"{ways[0]['workers']} workers: wire/every/fragments/delay", ways, 0.0))
     curves.append((f"{two[0]['hosts']} hosts of {two[0]['devices']} devices", two, 0.0))
     for axes, (title, wires, more) in zip(panels, curves, strict=False):
         for r in wires:
             axes.plot(BANDWIDTHS, [s + more for s in r["seconds"]], label=r["wire"])
         axes.axhline(compute, color="grey", linestyle="--", linewidth=0.8, label="computation")
         axes.set(title=title, xscale="log", yscale="log", xlabel="bit/s of a link", ylabel="seconds of a step")
-    panels[len(sizes)].legend()
+        if wires is ways:
+            axes.legend(fontsize=7)
+    panels[len(sizes) + bool(ways)].legend()
     if checked:
         axes = panels[-1]
         for hosts in sorted({r["hosts"] for r in checked}):

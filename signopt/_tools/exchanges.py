@@ -1,8 +1,9 @@
 """The time that agreeing takes: a model of bytes, messages and work, for every way to agree.
 
 A step is computation, which no wire changes, and an exchange: bytes over bandwidth, messages, and the work of packing,
-counting and adding. Nothing in it overlaps, and no link is shared: where communication hides behind computation a vote gains
-less.
+counting and adding. No link is shared. Workers exchange in every step or rarely, whole or in fragments. Nothing overlaps but
+late decisions whose exchange no `lax.cond` holds, where the backend lets collectives run beside computation: of those the
+longer of travel and computation counts, and the work.
 
 Assumed: a mean is reduced by recursive halving and doubling (2 log2 M rounds of messages), decisions are gathered by
 recursive doubling (log2 M rounds), and ballots are dealt to their servers in whichever is faster of one message to every
@@ -10,16 +11,37 @@ other worker and log2 M rounds that carry log2(M)/2 times the bytes (Bruck et al
 core's.
 """
 
+from collections.abc import Callable
 import dataclasses
+import functools
 import math
 from typing import NamedTuple
 
 import jax
+import optax
 
+from signopt import codecs
 from signopt import wire as wires
+from signopt.means import mean
+from signopt.vote import majority_vote
 
 WIRES = ("float32", "bfloat16", "int8", "all_gather", "two_bit", "one_bit")
 PLANES = {"one_bit": 1, "two_bit": 2, "all_gather": 1}
+BLOCK = 256  # entries that share a scale
+_AXIS = "worker"
+
+
+def _coded(uplink, downlink=None):
+    return lambda workers: mean(_AXIS, uplink=uplink, downlink=downlink, num_workers=workers)
+
+
+# Compressed means with memory, and a one-bit vote times the mean size: from the number of workers to the border.
+CODED: dict[str, Callable[[int], optax.GradientTransformation]] = {
+    "scaled_sign": _coded(codecs.scaled_sign(block=BLOCK), codecs.scaled_sign(block=BLOCK)),
+    "top_k": _coded(codecs.top_k(0.01)),
+    "low_precision": _coded(codecs.low_precision("int4"), codecs.low_precision("int4")),
+    "sized": lambda workers: majority_vote(_AXIS, wire="one_bit", block=BLOCK),
+}
 # Beyond 128 voters `signopt._bits.count` no longer fits into registers, and beyond 256 it adds up groups in a loop: measured,
 # four to six times the work for each ballot at M = 256 to 1,024.
 MANY, _PER_PLANE = 128, 0.6
@@ -30,19 +52,34 @@ class Rates:
     """Seconds of work for one parameter on one worker.
 
     The defaults are the fastest of 15 on two cores of a shared machine, with 4,194,304 parameters in one array and no other
-    worker on it. `--stages` reads others.
+    worker on it; those of codecs and of the offset the fastest of 25 with 1,048,576, less a plain step. `--stages` reads
+    others.
 
     Attributes:
       pack: From a float to a ballot, of one plane or of two.
       count: One bit of one worker.
       unpack: From the planes to a float.
       add: One addition of floats in a reduction, into fresh memory.
+      scaled_sign: All that an exchange by this codec computes: encoding, memory, deciding, decoding.
+      top_k: The same, of one entry in a hundred.
+      low_precision: The same, in four bits.
+      sized: The same, of a vote times the mean size.
+      offset: What local steps do to keep a worker's offset, in every step.
     """
 
     pack: float = 0.1e-9
     count: float = 0.02e-9
     unpack: float = 0.3e-9
     add: float = 0.4e-9
+    scaled_sign: float = 3e-9
+    top_k: float = 14e-9
+    low_precision: float = 10e-9
+    sized: float = 0.9e-9
+    offset: float = 1e-9
+
+    def times(self, factor: float) -> "Rates":
+        """Those of a machine that is so many times slower."""
+        return Rates(**{name: factor * value for name, value in dataclasses.asdict(self).items()})
 
 
 class Cluster(NamedTuple):
@@ -73,13 +110,15 @@ class Exchange(NamedTuple):
     fixed_seconds: float
 
 
+@functools.cache
 def bytes_sent(parameters: int, workers: int, wire: str, *, leaves: int = 1) -> int:
     """The bytes that each worker sends in a step.
 
     Args:
       parameters: In all.
       workers: Their number.
-      wire: One of `WIRES`. "all_gather" sends a worker's packed signs to each of the others, who count for themselves.
+      wire: One of `WIRES` or `CODED`. "all_gather" sends a worker's packed signs to each of the others, who count for
+        themselves.
       leaves: Arrays of about the same size that they are in; each is packed from a fresh byte on.
 
     Examples:
@@ -87,9 +126,15 @@ def bytes_sent(parameters: int, workers: int, wire: str, *, leaves: int = 1) -> 
       [56000000, 28000000, 14000000, 3500000, 1750000, 7000000]
       >>> bytes_sent(1000, 1000, "one_bit")  # 125 bytes for 1000 servers: all but one byte in eight is filling
       1998
+      >>> [bytes_sent(8_000_000, 8, wire) for wire in CODED]
+      [1968792, 28455000, 7109396, 1969128]
     """
     small, larger = divmod(parameters, leaves)
     sizes = [small + 1] * larger + [small] * (leaves - larger)
+    if wire in CODED:
+        return wires.bytes_sent(
+            [jax.ShapeDtypeStruct((size,), "float32") for size in sizes], workers, CODED[wire](workers)
+        )
     if wire == "all_gather":
         return (workers - 1) * sum(-(-size // 8) for size in sizes)
     dtype, name = {"float32": ("float32", "mean"), "bfloat16": ("bfloat16", "mean"), "int8": ("float32", "psum")}.get(
@@ -108,6 +153,8 @@ def work_seconds(parameters: int, workers: int, wire: str, rates: Rates) -> floa
       >>> [round(1e3 * work_seconds(1_000_000, 8, wire, rates), 3) for wire in ("float32", "one_bit", "all_gather")]
       [0.875, 3.1, 3.8]
     """
+    if wire in CODED:
+        return parameters * getattr(rates, wire)
     if wire in PLANES:
         planes = PLANES[wire]
         # One ballot on every parameter, whatever M: M ballots on an M-th of them.
@@ -124,7 +171,7 @@ def exchanges(parameters: int, wire: str, cluster: Cluster, rates: Rates, *, lea
 
     Args:
       parameters: In all.
-      wire: One of `WIRES`.
+      wire: One of `WIRES` or `CODED`.
       cluster: Its bandwidth does not matter here.
       rates: Of the workers.
       leaves: Arrays that the parameters are in; reduced and packed together.
@@ -144,7 +191,7 @@ def exchanges(parameters: int, wire: str, cluster: Cluster, rates: Rates, *, lea
     each = cluster.latency_seconds + cluster.message_seconds
     if wire == "all_gather":
         return [Exchange(size, work + rounds * each)]
-    if wire not in PLANES:
+    if wire not in PLANES and wire not in CODED:
         return [Exchange(size, work + 2 * rounds * each)]
     direct = cluster.latency_seconds + (workers - 1) * cluster.message_seconds
     more = max(1.0, workers * math.log2(workers) / 2 / (workers - 1))
@@ -166,15 +213,48 @@ def exchange_seconds(parameters: int, wire: str, cluster: Cluster, rates: Rates,
     return min(8 * way.bytes / cluster.bits_per_second + way.fixed_seconds for way in ways)
 
 
-def step_seconds(parameters: int, wire: str, cluster: Cluster, rates: Rates, *, compute_seconds: float = 0.0) -> float:
-    """The time of a step that computes, then agrees, without overlap.
+def step_seconds(
+    parameters: int,
+    wire: str,
+    cluster: Cluster,
+    rates: Rates,
+    *,
+    compute_seconds: float = 0.0,
+    every: int = 1,
+    fragments: int = 1,
+    delay: int = 0,
+    overlaps: bool = True,
+) -> float:
+    """The time of a step, on average over a round.
+
+    Args:
+      parameters: In all.
+      wire: One of `WIRES` or `CODED`.
+      cluster: The workers.
+      rates: Of the workers.
+      compute_seconds: Of a step without any communication.
+      every: As in `signopt.local_steps`: steps in a round.
+      fragments: Parts that are exchanged in turn, each once in a round.
+      delay: Whether an exchange may take until the next step.
+      overlaps: Whether the backend runs collectives beside computation. On CPUs XLA does not, within one program. Of late
+        decisions only those that no `lax.cond` holds do: with `fragments == every`.
 
     Examples:
-      >>> cluster = Cluster(workers=2, bits_per_second=1e8, latency_seconds=0.0, message_seconds=0.0)
-      >>> round(step_seconds(1_000_000, "float32", cluster, Rates(0, 0, 0, 0), compute_seconds=0.1), 4)
-      0.42
+      >>> cluster, free = Cluster(2, 1e8, latency_seconds=0.0, message_seconds=0.0), Rates(*9 * [0.0])
+      >>> def ms(wire, **settings):
+      ...     return round(1e3 * step_seconds(1_000_000, wire, cluster, free, compute_seconds=0.1, **settings), 1)
+      >>> ms("float32"), ms("one_bit"), ms("one_bit", delay=1), ms("float32", every=16), ms("float32", every=16, delay=1)
+      (420.0, 110.0, 100.0, 120.0, 120.0)
+      >>> ms("float32", every=4, fragments=4), ms("float32", every=4, fragments=4, delay=1), ms("float32", delay=1)
+      (180.0, 100.0, 320.0)
     """
-    return compute_seconds + exchange_seconds(parameters, wire, cluster, rates)
+    part = -(-parameters // fragments)
+    exchange = exchange_seconds(part, wire, cluster, rates)
+    kept = parameters * rates.offset if every > 1 or delay else 0.0
+    if delay and overlaps and fragments == every:
+        work = work_seconds(part, cluster.workers, wire, rates)
+        return max(compute_seconds, exchange - work) + work + kept
+    return compute_seconds + exchange * fragments / every + kept
 
 
 def two_level_seconds(
