@@ -263,11 +263,12 @@ def _served(caller, aggregate, uplink, downlink, server, memory, key, report) ->
     def encode(updates: Any, memory: Any, context: borders.Context):
         target: Any = jax.tree.map(lambda x: borders.finite(_float.widen(x)), updates)
         if at_workers:
-            target = jax.tree.map(lambda x, e: x + e.astype(x.dtype), target, memory)
+            # With the axis that memory has on a worker's device XLA adds in place: one copy of the parameters less.
+            target = jax.tree.map(lambda x, e: (x[None] + e.astype(x.dtype)[None])[0], target, memory)
         rows = borders.rows(target, context).astype(jnp.float32)
         message, sent = up.encode_all(rows, context, context.worker)
         if at_workers:
-            memory = jax.tree.map(jnp.subtract, target, borders.tree(sent, target))
+            memory = jax.tree.map(lambda x, y: (x[None] - y[None])[0], target, borders.tree(sent, target))
         weight = () if context.present is None else jnp.full([len(rows), 1], context.present, jnp.float32)
         squares = jnp.sum((rows - sent) ** 2, axis=1, keepdims=True) if report else ()
         return _Message(message, weight, squares), memory

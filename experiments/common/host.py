@@ -1,4 +1,5 @@
-"""What runs on each host of `slow_network` and `hidden`: votes and training between processes, timed, with the bytes of its network card.
+"""What runs on each host of `slow_network`, `hidden` and `bits`: votes, means and training between processes, timed, with the
+bytes of its network card.
 
     python -m experiments.common.host COORDINATOR HOSTS INDEX
 
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments.common import compressed
 from experiments.common import data
 from experiments.common import models
 from experiments.common import namespaces
@@ -153,6 +155,50 @@ def votes(program: str, parameters: int, leaves: int, count: int) -> dict[str, A
     seconds = time.perf_counter() - begin
     meet()
     return {"seconds": seconds / max(count, 1), "decided": decided} | _traffic(before, max(count, 1))
+
+
+@functools.cache
+def _agreement(name, parameters):
+    """A compiled exchange, its first arguments, and the bits that its collectives send."""
+    border = compressed.way(name, AXIS, jax.device_count()).border
+
+    def body(values, state):
+        decided, state = border.update(values[0], state)
+        return (values[0] - STEP * decided)[None], state
+
+    first = np.random.default_rng(jax.process_index()).standard_normal((1, parameters), np.float32)
+    state = jax.jit(border.init)(first[0])
+    specs = signopt.workers.partition_specs(state, AXIS)
+    mapped = jax.shard_map(
+        body, mesh=mesh(), in_specs=(jax.P(AXIS), specs), out_specs=(jax.P(AXIS), specs), check_vma=False
+    )
+    carried = [_on_hosts(first), _placed(state)]
+    compiled = jax.jit(mapped, donate_argnums=(0, 1)).lower(*carried).compile()
+    return compiled, carried, compressed.bits_in(compiled.as_text(), jax.device_count())
+
+
+def agree(program: str, parameters: int, count: int) -> dict[str, Any]:
+    """Agree back to back, each time on values that the time before has moved.
+
+    Args:
+      program: One of `compressed.NAMES`.
+      parameters: In one array.
+      count: How many times.
+
+    Returns:
+      The seconds and traffic of one on this host, and the bits that the compiled program sends.
+    """
+    compiled, carried, bits = _agreement(program, parameters)
+    carried[:] = compiled(*carried)
+    jax.block_until_ready(carried)
+    meet()
+    before, begin = namespaces.counted(), time.perf_counter()
+    for _ in range(count):
+        carried[:] = compiled(*carried)
+    jax.block_until_ready(carried)
+    seconds = time.perf_counter() - begin
+    meet()
+    return {"seconds": seconds / count, "program_bits": bits} | _traffic(before, count)
 
 
 def _traffic(before, count):
@@ -365,7 +411,7 @@ def steps(way: str, width: int, layers: int, tokens: int, count: int) -> dict[st
     return {"seconds": seconds / max(count, 1), "parameters": size} | _traffic(before, max(count, 1))
 
 
-ORDERS = {"votes": votes, "late": late, "train": train, "link": link, "steps": steps}
+ORDERS = {"votes": votes, "agree": agree, "late": late, "train": train, "link": link, "steps": steps}
 
 
 def main(coordinator: str, hosts: int, index: int) -> None:

@@ -3,7 +3,8 @@
 Eight workers share the digits by labels: each draws the shares of the labels in its shard from a Dirichlet distribution, from
 all alike (infinity) to nearly one label each; "sorted" gives every worker its eighth of the images in the order of their
 labels. Rates are chosen once for each method and degree, on the last fifth of the training images with seeds of their own,
-from a grid with a factor of two; then every method trains on all training images with the seeds that are reported.
+from a grid with a factor of two, which grows until the best is not at its edge; then every method trains on all training
+images with the seeds that are reported.
 
     python -m experiments heterogeneous
     python -m experiments heterogeneous --seeds 3 --alphas 0.1
@@ -11,7 +12,7 @@ from a grid with a factor of two; then every method trains on all training image
 Time and numbers to expect are in experiments/README.md.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import dataclasses
 import pathlib
 from typing import Any
@@ -130,10 +131,11 @@ def run(config: Config) -> Iterator[Record]:
                     orders=lambda seed, labels: orders(seed, labels, config, alpha),
                 ).test_accuracy
 
-            grid = [middle * 2.0**power for power in range(-3, 3)]
-            rates, seeds = trials.grid(grid, seeds=config.tuning_seeds)
-            found = train(rates, 1000 + seeds, validation=True).reshape(len(grid), -1).mean(1)
-            best = grid[int(found.argmax())]
+            def tried(powers, train=train, middle=middle):
+                rates, seeds = trials.grid([middle * 2.0**power for power in powers], seeds=config.tuning_seeds)
+                return train(rates, 1000 + seeds, validation=True).reshape(len(powers), -1).mean(1)
+
+            best = middle * 2.0 ** inner_best(tried, range(-3, 3))
             chosen = np.arange(config.seeds)
             accuracies = train([best] * config.seeds, chosen, validation=False)
             for i, accuracy in zip(chosen, accuracies, strict=True):
@@ -144,6 +146,28 @@ def run(config: Config) -> Iterator[Record]:
                     "seed": int(i),
                     "test_accuracy": float(accuracy),
                 }
+
+
+def inner_best(tried: Callable[[Sequence[int]], Sequence[float]], powers: Iterable[int]) -> int:
+    """The power with the best result, of a range that grows on the side of the best until that is not at its edge.
+
+    It grows no further than to three times its length.
+
+    Args:
+      tried: From powers to a result for each; the larger the better.
+      powers: Those to begin with, in order.
+
+    Examples:
+      >>> inner_best(lambda powers: [-((power - 4) ** 2) for power in powers], range(-3, 3))
+      4
+    """
+    results = dict(zip(powers, tried(list(powers)), strict=True))
+    best, most = max(results, key=results.__getitem__), 3 * len(results)
+    while best in (low := min(results), high := max(results)) and len(results) < most:
+        more = [low - 1] if best == low else [high + 1]
+        results |= zip(more, tried(more), strict=True)
+        best = max(results, key=results.__getitem__)
+    return best
 
 
 def _name(alpha: float) -> str:

@@ -139,15 +139,24 @@ def _blocks(n, block):
 
 def total(x: jax.Array) -> jax.Array:
     """The sum along the last axis, added in an order that depends on its length alone."""
-    while (n := x.shape[-1]) > 1:
+    # XLA on CPUs writes down whatever has more than fifteen readers. That shall be the halves of the first sum, not the row.
+    halves, n = [x], x.shape[-1]
+    while n > 1:
         radix = min(_RADIX, n)
         step = -(-n // radix)
-        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, radix * step - n)])
-        parts = [x[..., i * step : (i + 1) * step] for i in range(radix)]
-        while len(parts) > 1:
-            parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=False)] + parts[len(parts) // 2 * 2 :]
-        (x,) = parts
-    return x[..., 0] if x.shape[-1] else jnp.sum(x, axis=-1)
+        halves = [jnp.pad(half, [(0, 0)] * (x.ndim - 1) + [(0, radix * step - n)]) for half in halves]
+        parts = [_added([half[..., i * step : (i + 1) * step] for half in halves]) for i in range(radix)]
+        is_first = n == x.shape[-1] and step > 1
+        halves = [_added(parts[:8]), _added(parts[8:])] if is_first else [_added(parts)]
+        n = step
+    return _added(halves)[..., 0] if x.shape[-1] else jnp.sum(x, axis=-1)
+
+
+def _added(parts: list[jax.Array]) -> jax.Array:
+    """The sum of arrays: of neighbours, then of those sums."""
+    while len(parts) > 1:
+        parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=False)] + parts[len(parts) // 2 * 2 :]
+    return parts[0]
 
 
 def mean(x: jax.Array, counts: jax.Array | np.ndarray) -> jax.Array:
