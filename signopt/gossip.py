@@ -3,9 +3,8 @@ r"""Gossip: every worker averages with its neighbours, and no mean over all work
 .. math::
   x_m \leftarrow \frac{1}{1 + |N|} \Big( x_m + u_m + \sum_{n \in N} (x_{m+n} + u_{m+n}) \Big)
 
-Workers stand in a circle, and N says how far from each its neighbours are: -1 and 1 on a ring. Then what all workers hold
-together, the mean of their parameters, moves by the mean of their updates, as if they had averaged; how far they are from
-each other depends on the graph.
+Workers stand in a circle, and N says how far from each its neighbours are: -1 and 1 on a ring. The mean of all workers'
+parameters moves by the mean of their updates, as if they had averaged. How far apart they are depends on the graph.
 """
 
 from collections.abc import Hashable, Sequence
@@ -29,17 +28,17 @@ def gossip_mean(axis_name: Hashable, neighbours: Sequence[int] = (-1, 1)) -> opt
 
     Args:
       axis_name: The workers: one axis bound by `jax.vmap`, `jax.pmap` or `jax.shard_map`.
-      neighbours: How many places on each neighbour stands: (-1, 1) is a ring, (1,) one that hears from one side only, (1, 2, 4) an
-        exponential graph.
+      neighbours: How many places on each neighbour stands: (-1, 1) is a ring, (1,) one that hears from one side only,
+        (1, 2, 4) an exponential graph.
 
     Returns:
-      A transformation without state whose `update` needs `params`, where this worker is. One `ppermute` for each neighbour,
-      of all parameters in float32. With `present=False` a worker keeps its own updates, and its neighbours do without it. What is
-      not finite goes nowhere: its neighbours take their own value.
+      A transformation without state whose `update` needs `params`, where this worker is. One `ppermute` for each
+      neighbour, of all parameters in float32. With `present=False` a worker keeps its own updates, and its neighbours do
+      without it. What is not finite goes nowhere: its neighbours take their own value.
 
     Raises:
-      ValueError: If there are no neighbours, or two are the same; in `update`, without `params`, if the axis is not bound, or if
-        it is so short that a neighbour is the worker itself, or one twice.
+      ValueError: If there are no neighbours, or two are the same; in `update`, without `params`, if the axis is not bound,
+        or if it is so short that a neighbour is the worker itself, or one twice.
       TypeError: If a neighbour is no Python integer; in `update`, if a leaf is not of a floating-point dtype.
 
     Examples:
@@ -74,7 +73,8 @@ def gossip_mean(axis_name: Hashable, neighbours: Sequence[int] = (-1, 1)) -> opt
         sign.require_floating(updates, caller)
         updates = jax.tree.map(jnp.asarray, updates)
         here = _check.params(params, caller, "what is averaged is `params` plus its update")
-        own = _flat.rows(jax.tree.map(lambda x, u: x + u.astype(x.dtype), here, updates), 1, 1)[0]
+        start = _flat.rows(here, 1, 1)[0]
+        own = start + _flat.rows(updates, 1, 1)[0]
         takes_part = jnp.ones([], bool) if present is None else jnp.asarray(present, bool)
         own, takes_part = _axis.to_varying((own, takes_part), axis_name)
         sent = jnp.where(takes_part, own, jnp.nan)  # nobody takes what is not finite
@@ -84,7 +84,6 @@ def gossip_mean(axis_name: Hashable, neighbours: Sequence[int] = (-1, 1)) -> opt
             return jnp.where(takes_part & jnp.isfinite(heard), heard, own)
 
         mean = jnp.stack([own, *map(hear, places)]).mean(0)
-        found = _flat.tree(mean[None], here, 1)
-        return jax.tree.map(lambda x, old, u: (x - old).astype(u.dtype), found, here, updates), state
+        return _flat.tree((mean - start)[None], updates, 1), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update_fn)

@@ -105,7 +105,10 @@ def _matrix_error(params, instance):
 
 
 def completion(condition: float, size: int = 20, rank: int = 2, seen: int = 64) -> Problem:
-    """A matrix from its entries: squared error on so many drawn entries for each worker and step."""
+    """A matrix from its entries: squared error on so many drawn entries for each worker and step.
+
+    The target is a tenth of the smallest singular value, so that no direction may be left out.
+    """
 
     def loss(params, instance, chosen):
         i, j = chosen
@@ -114,7 +117,7 @@ def completion(condition: float, size: int = 20, rank: int = 2, seen: int = 64) 
 
     draw = functools.partial(_draw_matrix, size=size, rank=rank, condition=condition)
     claim = "steps of SGD grow with the condition number, those of ScaledSGD do not"
-    return Problem(draw, _choice((2, seen), size), loss, _matrix_error, 0.05, SCALED_SGD, claim)
+    return Problem(draw, _choice((2, seen), size), loss, _matrix_error, 0.1 / condition, SCALED_SGD, claim)
 
 
 def one_bit_completion(condition: float = 4.0, size: int = 20, rank: int = 2, seen: int = 64) -> Problem:

@@ -105,7 +105,8 @@ def zeroth_order_gradient(
                     f"`{caller}(border=...)` has to be a border without memory, got one with the state {state!r}: nothing "
                     "is kept from one estimate to the next."
                 )
-            slopes, _ = border.update(slopes, state)
+            agreed, _ = border.update(slopes, state)
+            slopes = jnp.asarray(agreed)
 
         def add(total, drawn):
             place, slope = drawn
