@@ -27,6 +27,7 @@ from signopt.alias import signum as signum
 from signopt.feedback import ef_signsgd as ef_signsgd
 from signopt.feedback import ef_signum as ef_signum
 from signopt.feedback import onebit_adam as onebit_adam
+from signopt.gossip import gossip_mean as gossip_mean
 from signopt.local import local_params as local_params
 from signopt.local import local_steps as local_steps
 from signopt.low_rank import low_rank_mean as low_rank_mean
@@ -57,6 +58,7 @@ __all__ = [
     "measured_smoothness",
     "robust_mean",
     # how often
+    "gossip_mean",
     "local_params",
     "local_steps",
     # right of the border

@@ -83,6 +83,11 @@ def _local_steps(learning_rate, axis_name, num_workers):
     return signopt.local_steps(optax.sgd(1.0), outer, every=1, num_workers=num_workers)
 
 
+def _gossip(learning_rate, axis_name):
+    """Signs, then a mean with the neighbours; each worker has parameters of its own."""
+    return optax.chain(signopt.signsgd(learning_rate), signopt.gossip_mean(axis_name))
+
+
 _MH = {"axis_name": AXIS, "num_workers": 3, "smoothness": 2000.0}  # the curvature of Rosenbrock's valley
 
 ROWS = (
@@ -96,6 +101,7 @@ ROWS = (
     *on_every_wire("signum", signopt.signum, workers=3, num_workers=3),
     *on_every_wire("lion", signopt.lion, workers=2, num_workers=2, weight_decay=1e-4),
     Row("local_steps", _local_steps, {"axis_name": AXIS, "num_workers": 3}, workers=3, static_args=("num_workers",)),
+    Row("gossip_mean", _gossip, {"axis_name": AXIS}, workers=3),
     Row("mh_signsgd", _no_rate, _MH, workers=3, static_args=("num_workers",)),
     *on_every_wire(
         "signprox",

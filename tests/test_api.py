@@ -15,7 +15,7 @@ from signopt import _compat
 
 DESIGN = {
     "scale_by_sign", "scale_by_signum", "scale_by_prox_gradient", "finite_only", "majority_vote", "mean", "robust_mean",
-    "low_rank_mean", "adaptive_majority_vote", "local_steps", "local_params", "prox_step", "signsgd", "signum", "lion",
+    "low_rank_mean", "adaptive_majority_vote", "gossip_mean", "local_steps", "local_params", "prox_step", "signsgd", "signum", "lion",
     "signprox", "mh_signsgd", "sign_muon", "ef_signsgd", "ef_signum", "onebit_adam", "workers", "codecs", "wire", "prox",
     "diagnostics", "theory", "adversary", "precision", "border", "measured_smoothness",
 }  # fmt: skip
