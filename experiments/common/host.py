@@ -1,5 +1,4 @@
-"""What runs on each host of `slow_network`, `hidden` and `bits`: votes, means and training between processes, timed, with the
-bytes of its network card.
+"""What runs on each host of `slow_network`, `hidden` and `bits`, timed, with the bytes of its network card.
 
     python -m experiments.common.host COORDINATOR HOSTS INDEX
 

@@ -7,6 +7,7 @@ from signopt.workers.check import assert_in_sync as assert_in_sync
 from signopt.workers.gradient import split_batch as split_batch
 from signopt.workers.gradient import value_and_grad as value_and_grad
 from signopt.workers.modules import nnx_value_and_grad as nnx_value_and_grad
+from signopt.workers.partial_sums import unreduced as unreduced
 from signopt.workers.plain_jit import in_jit as in_jit
 from signopt.workers.run import on_mesh as on_mesh
 from signopt.workers.run import simulate as simulate

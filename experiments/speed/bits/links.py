@@ -91,7 +91,11 @@ def summary(records: list[Record]) -> list[list[str]]:
     of = {(r["hosts"], r["way"]): r["seconds"] for r in records[1:]}
     link = f"{config['megabits']:g} Mbit/s"
     rows = [
-        ["times as fast as a float32 mean", *(f"{hosts} hosts, {link}" for hosts in config["hosts"]), "to expect, at least"]
+        [
+            "times as fast as a float32 mean",
+            *(f"{hosts} hosts, {link}" for hosts in config["hosts"]),
+            "to expect, at least",
+        ]
     ]
     rows.append(["float32 mean, ms", *(f"{1e3 * statistics.median(of[n, BASELINE]):.0f}" for n in config["hosts"]), ""])
     for way in (way for way in config["ways"] if way != BASELINE):
