@@ -109,7 +109,8 @@ def _on_digits(model):
     shape = images.shape[1:]
 
     def init(key):
-        return nnx.split(model(shape, rngs=nnx.Rngs(key)), nnx.Param, ...)[1:]
+        _, params, stats = nnx.split(model(shape, rngs=nnx.Rngs(key)), nnx.Param, ...)
+        return params, stats
 
     def forward(params, stats, images, training):
         net = nnx.merge(graph, params, stats, copy=True)
