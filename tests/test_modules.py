@@ -100,8 +100,9 @@ def test_each_worker_has_its_own_gradient_and_keys_and_all_share_the_mean_of_sta
     assert (jax.random.key_data(rngs.default.key[...]) == jax.random.key_data(jax.random.key(5))).all()
 
 
-def test_scalars_are_means_and_an_optimizer_takes_the_gradient(batch, devices):
-    mesh = jax.make_mesh((M,), ("w",), axis_types=(AxisType.Auto,), devices=devices[:M])
+@pytest.mark.parametrize("axis_type", (AxisType.Auto, AxisType.Explicit))
+def test_scalars_are_means_and_an_optimizer_takes_the_gradient(axis_type, batch, devices):
+    mesh = jax.make_mesh((M,), ("w",), axis_types=(axis_type,), devices=devices[:M])
     model, rngs = Net(), nnx.Rngs(jax.random.key(5))
     before = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     tx = workers.in_jit(signopt.signsgd(0.1, axis_name="w"), mesh, axis_name="w")
@@ -114,7 +115,8 @@ def test_scalars_are_means_and_an_optimizer_takes_the_gradient(batch, devices):
         optimizer.update(model, gradient)
         return aux["size"]
 
-    size = step(model, optimizer, rngs, batch)
+    with jax.set_mesh(mesh):
+        size = step(model, optimizer, rngs, workers.place(batch, mesh, P("w")))
     wanted = one_by_one(batch)
     np.testing.assert_allclose(size, np.mean([x[1]["size"] for x in wanted]), rtol=1e-5)
     votes = jax.tree.map(lambda *g: -0.1 * np.sign(np.sign(g).sum(0)), *(nnx.to_pure_dict(x[2]) for x in wanted))

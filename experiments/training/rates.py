@@ -109,7 +109,8 @@ def _on_digits(model):
     shape = images.shape[1:]
 
     def init(key):
-        return nnx.split(model(shape, rngs=nnx.Rngs(key)), nnx.Param, ...)[1:]
+        _, params, stats = nnx.split(model(shape, rngs=nnx.Rngs(key)), nnx.Param, ...)
+        return params, stats
 
     def forward(params, stats, images, training):
         net = nnx.merge(graph, params, stats, copy=True)
@@ -244,7 +245,7 @@ def run(config: Config) -> Iterator[Record]:
                 def score(rate, tried=tried, train=train, parts=parts, by=problem.by):
                     if rate not in tried:
                         tried[rate] = train(rate, parts)
-                    return float(np.mean(tried[rate][by]))
+                    return _small(tried[rate], by)
 
                 if method in VOTES:
                     _search(score, [share * of_adamw[parts] for share in SHARES])
@@ -264,6 +265,12 @@ def _search(score, starts):
     return best(dict(language.tuned(score, min(starts, key=score))))
 
 
+def _small(found, by):
+    """What is to be small; among as many wrong answers the loss decides, by less than one answer."""
+    loss, error = (float(np.mean(found[name])) for name in ("loss", "error"))
+    return loss if by == "loss" else error + 1e-5 * min(loss, 10.0)
+
+
 def _suits(problem, method):
     return method != "sign_muon" or problem == "transformer"
 
@@ -271,7 +278,7 @@ def _suits(problem, method):
 def scores(records: list[Record], problem: str, method: str, steps: int) -> dict[float, float]:
     """What is to be small, the mean over seeds, by learning rate; what is not finite is infinite."""
     own = [r for r in records[1:] if (r["problem"], r["method"], r["steps"]) == (problem, method, steps)]
-    found = {r["learning_rate"]: float(np.mean(r[r["by"]])) for r in own}
+    found = {r["learning_rate"]: _small(r, r["by"]) for r in own}
     return {rate: x if np.isfinite(x) else np.inf for rate, x in found.items()}
 
 

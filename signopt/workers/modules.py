@@ -70,7 +70,7 @@ def nnx_value_and_grad(
         arrays = {i: x for i, x in enumerate(args) if i not in modules}
         graph, *parts = nnx.split(modules, *kinds)
 
-        def one_worker(params, keys, others, statistics, arrays):
+        def one_worker(arrays, params, keys, others, statistics):
             own = jax.tree.map(lambda key: _fold_in(key, _axis.index(axis_name)), keys)
 
             def of_params(params):
@@ -85,16 +85,18 @@ def nnx_value_and_grad(
 
         if num_workers is None:
             _axis.size(axis_name, "nnx_value_and_grad")
-            value, aux, gradient, kept = one_worker(*parts, arrays)
+            value, aux, gradient, kept = one_worker(arrays, *parts)
         else:
             check_batch(arrays, num_workers, "nnx_value_and_grad")
             all_workers = jax.vmap(
-                one_worker, (None, None, None, None, 0), (0, 0, 0, None), axis_name=axis_name, axis_size=num_workers
+                one_worker, (0, None, None, None, None), (0, 0, 0, None), axis_name=axis_name, axis_size=num_workers
             )
             try:
-                value, aux, gradient, kept = all_workers(*parts, split_batch(arrays, num_workers))
+                value, aux, gradient, kept = all_workers(split_batch(arrays, num_workers), *parts)
             except ValueError as error:
-                raise (_differs() if _compat.says_that_workers_differ(error) else error) from None
+                if _compat.says_that_workers_differ(error):
+                    raise _differs() from None
+                raise
             value, aux = jax.tree.map(_joined, (value, aux))
         nnx.update(modules, *kept)
         return ((value, aux) if has_aux else value), gradient
