@@ -34,6 +34,8 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x, train):
+        """Logits (batch, classes) of images (batch, size, size, 3)."""
+
         def norm(x):
             return nn.BatchNorm(use_running_average=not train, momentum=0.9, dtype=jnp.float16)(x)
 

@@ -32,6 +32,7 @@ class Block(nnx.Module):
         self.dropout = nnx.Dropout(0.1)
 
     def __call__(self, x, rngs):
+        """A stream (batch, context, width) from one."""
         mask = nnx.make_causal_mask(x[..., 0])
         x = x + self.dropout(self.attention(self.norms[0](x), mask=mask), rngs=rngs)
         return x + self.dropout(self.down(nnx.gelu(self.up(self.norms[1](x)))), rngs=rngs)
@@ -46,6 +47,7 @@ class Model(nnx.Module):
         self.norm, self.head = nnx.RMSNorm(width, rngs=rngs), nnx.Linear(width, BYTES, rngs=rngs)
 
     def __call__(self, read, rngs):
+        """Logits (batch, context, 256) of bytes (batch, context)."""
         x = self.embed(read) + self.place(jnp.arange(read.shape[-1]))
         for block in self.blocks:
             x = block(x, rngs)

@@ -398,6 +398,7 @@ def steps(way: str, width: int, layers: int, tokens: int, count: int) -> dict[st
     Returns:
       The seconds and traffic of one on this host, and the number of parameters.
     """
+    meet()  # so that none waits for others that still compile, when it first connects
     one, size = _steps(way, width, layers, tokens)
     meet()
     before, begin = namespaces.counted(), time.perf_counter()

@@ -59,7 +59,7 @@ class Steps:
 
         self._compute = self._over(self._here, compute, (self._shared, self._own, self._own, self._own), self._own)
         self._exchange = self._over(self._there, exchange, (self._own, self._shared, self._shared), self._shared)
-        self._apply = jax.jit(optax.apply_updates, donate_argnums=0)
+        self._apply = jax.jit(optax.apply_updates)
         count = mesh.size
 
         def for_each(x):

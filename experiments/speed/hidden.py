@@ -203,16 +203,16 @@ def plot(records: list[Record], folder: str) -> list[pathlib.Path]:
     """
     found = cases(records)
     places = list(dict.fromkeys((case.hosts, case.megabits, case.tokens) for case in found))
-    figure, panels = plots.panels(len(places), title="a step of a byte transformer between hosts")
+    figure, panels = plots.panels(len(places), title="a step of a byte transformer between hosts", columns=2)
     for place, axes in zip(places, panels, strict=False):
         own = [case for case in found if (case.hosts, case.megabits, case.tokens) == place]
         heights = range(len(own))
         axes.barh(heights, [1e3 * case.measured for case in own], label="measured")
         axes.plot([1e3 * case.predicted for case in own], heights, "o", color="black", label="model")
         bound = [1e3 * max(case.compute, case.traffic) for case in own]
-        axes.plot(bound, heights, "|", color="tab:red", markersize=14, label="longer of computation and traffic")
+        axes.plot(bound, heights, "|", color="grey", markersize=14, label="longer of computation and traffic")
         axes.set_yticks(heights, [case.way for case in own], fontsize=8)
         hosts, megabits, tokens = place
         axes.set(title=f"{hosts} hosts, {megabits:g} Mbit/s, {tokens} tokens", xlabel="ms of a step", xscale="log")
-    panels[0].legend(fontsize=7)
+    panels[0].legend(fontsize=8)
     return plots.save(figure, folder, "hidden")
