@@ -94,7 +94,10 @@ def summary(records: list[Record]) -> list[list[str]]:
     size = records[0]["config"]["parameters"]
     of = {(r["row"], r["way"]): r for r in records[1:]}
     names = list(dict.fromkeys(r["row"] for r in records[1:]))
-    header = [f"a row of {size:,}", *(f"{name}: {what}" for name in names for what in ("ms", "over top_k", "left behind"))]
+    header = [
+        f"a row of {size:,}",
+        *(f"{name}: {what}" for name in names for what in ("ms", "over top_k", "left behind")),
+    ]
     rows = [header]
     for way in dict.fromkeys(r["way"] for r in records[1:]):
         row = [way]
