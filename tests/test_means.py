@@ -308,7 +308,9 @@ def test_arguments_are_checked_at_construction(make, message):
 
 
 def test_a_server_has_to_be_a_transformation():
-    with pytest.raises(TypeError, match=r"`mean\(server=\.\.\.\)` has to be an optax transformation, got <function sgd"):
+    with pytest.raises(
+        TypeError, match=r"`mean\(server=\.\.\.\)` has to be an optax transformation, got <function sgd"
+    ):
         signopt.mean(AXIS, server=optax.sgd, num_workers=M)  # type: ignore[arg-type]
 
 
