@@ -20,6 +20,7 @@ import optax
 
 from signopt import _axis
 from signopt import _check
+from signopt import _coder
 from signopt import _flat
 from signopt import _float
 from signopt import border as borders
@@ -84,7 +85,8 @@ def mean(
       server: An optimizer that every server runs on the mean of its row, 1/M of the state that each worker would have:
         `signopt.scale_by_signum()` is a momentum at the servers. It has to work entry by entry and without parameters.
       memory: Where to remember what a codec loses: at the "workers", at the "servers", "both", or nowhere (None). "both"
-        means wherever there is a codec that loses something.
+        means wherever there is a codec that loses something. Pass None with a codec that is right on average and errs by
+        more than the row itself (`terngrad`, `stochastic_sign`, `qsgd` of few levels): a memory of it would grow for ever.
       delay: 1 to return the mean of the step before, so that it can travel while the next gradient is computed.
       report: Whether the state keeps `MeanStatistics` of the last step: `optax.tree.get(state, "report")`.
       num_workers: Size of the axis. Needed with memory, a server or a delay: their state belongs to one worker.
@@ -99,7 +101,8 @@ def mean(
       ValueError: If `memory` is unknown or there is no codec for it, `num_workers` is missing, a codec needs a key, or the
         server needs parameters; in `update`, if `axis_name` is not bound, or if the updates are known to be the same on all
         workers, which means that they were added up before.
-      TypeError: If a codec is no `signopt.codecs.Codec`; in `update`, if a leaf is not of a floating-point dtype.
+      TypeError: If a codec is no `signopt.codecs.Codec` or the server no transformation; in `update`, if a leaf is not of a
+        floating-point dtype.
 
     Examples:
       >>> import jax, jax.numpy as jnp, signopt
@@ -252,11 +255,16 @@ def _weighted_mean(decode, messages, weights, context):
 
 def _served(caller, aggregate, uplink, downlink, server, memory, key, report) -> borders.Border:
     """The border of a compressed mean: `aggregate` makes one row of everybody's."""
-    up, down = _Coder(caller, "uplink", uplink, key), _Coder(caller, "downlink", downlink, key)
+    up, down = _coder.Coder(caller, "uplink", uplink, key), _coder.Coder(caller, "downlink", downlink, key)
     _require_loss(caller, memory, uplink, downlink)
     at_workers = memory in ("workers", "both") and up.loses
     at_servers = memory in ("servers", "both") and down.loses
     if server is not None:
+        if not isinstance(server, optax.GradientTransformation):
+            raise TypeError(
+                f"`{caller}(server=...)` has to be an optax transformation, got {server!r}. Pass "
+                "`signopt.scale_by_signum()`, for example."
+            )
         server = optax.with_extra_args_support(server)
         _require_no_params(caller, server)
 
@@ -328,53 +336,6 @@ def _served(caller, aggregate, uplink, downlink, server, memory, key, report) ->
     return borders.Border(encode, decide, decode, init=init if remembers else None, observe=observe if report else None)
 
 
-class _Coder:
-    """A codec on rows, with a key for each message; without a codec rows travel as they are."""
-
-    def __init__(self, caller, argument, codec, key):
-        self.codec = codec
-        if codec is None:
-            self.loses = False
-            return
-        if not isinstance(codec, Codec):
-            raise TypeError(
-                f"`{caller}({argument}=...)` has to be a codec, got {codec!r}. `signopt.codecs` has the usual ones, such as "
-                "`signopt.codecs.scaled_sign()`."
-            )
-        if codec.random and key is None:
-            raise ValueError(
-                f"`{caller}(key=...)` has to be a random key with this {argument}, which throws coins, got None. Pass "
-                "`jax.random.key(0)`."
-            )
-        self.loses = not codec.exact
-
-    def _key(self, context, sender, row):
-        if self.codec is None or not self.codec.random:
-            return None
-        return jax.random.fold_in(jax.random.fold_in(context.key, sender), row)
-
-    def encode(self, x, context, sender, row):
-        """The message of one row, and what arrives."""
-        if self.codec is None:
-            return x, x
-        key = self._key(context, sender, row)
-        message = self.codec.encode(x, key)
-        return message, self.codec.decode(message, jax.ShapeDtypeStruct(x.shape, x.dtype), key)
-
-    def decode(self, message, size, context, sender, row):
-        if self.codec is None:
-            return message
-        like = jax.ShapeDtypeStruct((size,), jnp.float32)
-        return self.codec.decode(message, like, self._key(context, sender, row))
-
-    def encode_all(self, rows, context, sender):
-        return jax.vmap(lambda x, row: self.encode(x, context, sender, row))(rows, jnp.arange(len(rows)))
-
-    def decode_all(self, messages, size, context, sender):
-        rows = jnp.arange(context.num_workers)
-        return jax.vmap(lambda message, row: self.decode(message, size, context, sender, row))(messages, rows)
-
-
 def _row_size(like, context):
     return _flat.row_size(_flat.size(like, 1), context.num_workers, 1)
 
@@ -392,8 +353,8 @@ def _require_loss(caller, memory, uplink, downlink):
     for side, argument, codec in (("workers", "uplink", uplink), ("servers", "downlink", downlink)):
         if memory == side and (codec is None or codec.exact):
             raise ValueError(
-                f"`{caller}(memory=...)` has to fit the codecs, got {memory!r} with an {argument} that loses nothing which "
-                "could be remembered. Pass another codec of `signopt.codecs`, or leave `memory` out."
+                f"`{caller}(memory=...)` has to fit the codecs, got {memory!r} where `{argument}` loses nothing that could "
+                "be remembered. Pass another codec of `signopt.codecs`, or leave `memory` out."
             )
 
 

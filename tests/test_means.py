@@ -296,13 +296,24 @@ def test_a_narrow_valley_is_walked_only_with_memory():
         (functools.partial(signopt.mean, AXIS, uplink=codecs.sign()), r"`mean\(num_workers=\.\.\.\)` has to be given"),
         (
             functools.partial(signopt.mean, AXIS, uplink=codecs.identity(), memory="workers", num_workers=M),
-            r"`mean\(memory=\.\.\.\)` has to fit the codecs, got 'workers' with an uplink that loses nothing",
+            r"`mean\(memory=\.\.\.\)` has to fit the codecs, got 'workers' where `uplink` loses nothing that",
+        ),
+        (
+            functools.partial(signopt.mean, AXIS, uplink=codecs.qsgd(4), key=0, num_workers=M),
+            r"`mean\(key=\.\.\.\)` has to be a random key with this uplink, which throws coins, got 0\.",
         ),
     ],
 )
 def test_arguments_are_checked_at_construction(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_server_has_to_be_a_transformation():
+    with pytest.raises(
+        TypeError, match=r"`mean\(server=\.\.\.\)` has to be an optax transformation, got <function sgd"
+    ):
+        signopt.mean(AXIS, server=optax.sgd, num_workers=M)  # type: ignore[arg-type]
 
 
 def test_a_server_without_parameters_is_told_from_one_with():

@@ -163,7 +163,7 @@ def _agreement(name, parameters):
 
     def body(values, state):
         decided, state = border.update(values[0], state)
-        return (values[0] - STEP * decided)[None], state
+        return (values[0] - STEP * cast(jax.Array, decided))[None], state
 
     first = np.random.default_rng(jax.process_index()).standard_normal((1, parameters), np.float32)
     state = jax.jit(border.init)(first[0])
@@ -173,7 +173,7 @@ def _agreement(name, parameters):
     )
     carried = [_on_hosts(first), _placed(state)]
     compiled = jax.jit(mapped, donate_argnums=(0, 1)).lower(*carried).compile()
-    return compiled, carried, compressed.bits_in(compiled.as_text(), jax.device_count())
+    return compiled, carried, compressed.bits_in(cast(str, compiled.as_text()), jax.device_count())
 
 
 def agree(program: str, parameters: int, count: int) -> dict[str, Any]:

@@ -75,6 +75,7 @@ def methods(config: Config) -> dict[str, tuple[Callable[[Any], optax.GradientTra
         "Signum, one-bit vote": (lambda rate: signopt.signum(rate, wire="one_bit", **here), 8e-3),
         "ternary vote": (ternary, 8e-3),
         "EF-Signum": (lambda rate: signopt.ef_signum(rate, **here), 8e-3),
+        "EF-signSGD": (lambda rate: signopt.ef_signsgd(rate, **here), 1.0),
         "SGD, scaled signs both ways": (compressed(momentum, **both), 0.2),
         "SGD, scaled signs without memory": (compressed(momentum, memory=None, **both), 0.2),
         "SGD, top 1 % with memory": (compressed(momentum, uplink=codecs.top_k(0.01)), 0.2),

@@ -10,6 +10,7 @@ import statistics
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import rich.table
 
 from experiments.common import compressed
@@ -57,7 +58,7 @@ def program(name: str, workers: int, parameters: int) -> Callable[[], Any]:
     """From every worker's gradients and what it remembers to what all agree on, again and again."""
     border = compressed.way(name, AXIS, workers).border
     mesh = jax.make_mesh((workers,), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,), devices=devices.take(workers))
-    state = border.init(jax.ShapeDtypeStruct((parameters,), "float32"))
+    state = border.init(jnp.zeros(parameters))
     specs = signopt.workers.partition_specs(state, AXIS)
     mapped = jax.shard_map(
         lambda gradients, state: border.update(gradients[0], state),
@@ -85,14 +86,18 @@ def ratios(records: list[Record], way: str) -> list[float]:
 
 
 def summary(records: list[Record]) -> list[list[str]]:
-    """Medians of the ratios to the float32 mean."""
+    """Ratios to the float32 mean: medians of rounds, and the fastest round of each."""
     config = records[0]["config"]
-    rows = [["time over that of a float32 mean, one process", "median (quartiles)", "to expect, at most"]]
+    rows = [
+        ["time over that of a float32 mean, one process", "median (quartiles)", "fastest rounds", "to expect, at most"]
+    ]
     of = {r["way"]: r["seconds"] for r in records[1:]}
-    rows.append([f"float32 mean, {config['workers']} devices", f"{1e3 * statistics.median(of[BASELINE]):.1f} ms", ""])
+    first = [f"{1e3 * pick(of[BASELINE]):.1f} ms" for pick in (statistics.median, min)]
+    rows.append([f"float32 mean, {config['workers']} devices", *first, ""])
     for way in (way for way in config["ways"] if way != BASELINE):
         low, middle, high = timing.quartiles(ratios(records, way))
-        rows.append([way, f"{middle:.2f} ({low:.2f} to {high:.2f})", f"{LIMITS.get(way, '')}"])
+        fastest = f"{min(of[way]) / min(of[BASELINE]):.2f}"
+        rows.append([way, f"{middle:.2f} ({low:.2f} to {high:.2f})", fastest, f"{LIMITS.get(way, '')}"])
     return rows
 
 
