@@ -111,7 +111,7 @@ def averaging(
 ) -> optax.GradientTransformation:
     """Local steps, and a mean of what they came to."""
     outer = optax.chain(signopt.mean(AXIS) if outer_border is None else outer_border, optax.sgd(1.0))
-    return signopt.local_steps(inner, outer, every=every, num_workers=WORKERS)
+    return signopt.local_steps(inner, outer, every=every, num_workers=workers)
 
 
 def noise(seeds: int) -> Iterator[Record]:
@@ -150,9 +150,7 @@ def proximal(seeds: int) -> Iterator[Record]:
         (rates, pulls), trials, numbers = _grid(first * 2.0 ** np.arange(-3, 4), (0.0, 0.1, 1.0), seeds=seeds)
 
         def make(setting, inner=inner):
-            return signopt.local_steps(
-                inner(optax.cosine_decay_schedule(setting[0], STEPS)), optax.sgd(1.0), every=16, num_workers=1
-            )
+            return averaging(inner(optax.cosine_decay_schedule(setting[0], STEPS)), 16, workers=1)
 
         lines = {inner.__name__: np.flatnonzero(pulls == 0), f"{inner.__name__}, pulled": np.flatnonzero(pulls > 0)}
         for batch_size in (1, 4, 16):
