@@ -22,7 +22,15 @@ def kept(name):
     return records.read(report.MEASURED / name / records.FILE)
 
 
-@pytest.mark.parametrize("name", ("chain4", "pairwise", "sensing", "demixing"))
+@pytest.mark.parametrize(
+    "name",
+    (
+        "chain4",
+        "pairwise",
+        pytest.param("sensing", marks=pytest.mark.slow),
+        pytest.param("demixing", marks=pytest.mark.slow),
+    ),
+)
 def test_a_problem_is_at_its_optimum_where_its_truth_is(name):
     problem = problems.PROBLEMS[name]
     instance = problem.draw(jax.random.key(0))

@@ -106,12 +106,10 @@ def best_of(lines: dict[str, np.ndarray], rates: np.ndarray, tuned: np.ndarray, 
         yield {"line": line, "values": tested[choice].tolist(), "learning_rate": float(rates[choice]), "edge": edge}
 
 
-def averaging(
-    inner: optax.GradientTransformation, every: int, outer_border: Any = None
-) -> optax.GradientTransformation:
+def averaging(inner: Any, every: int, outer_border: Any = None, workers: int = WORKERS) -> optax.GradientTransformation:
     """Local steps, and a mean of what they came to."""
     outer = optax.chain(signopt.mean(AXIS) if outer_border is None else outer_border, optax.sgd(1.0))
-    return signopt.local_steps(inner, outer, every=every, num_workers=WORKERS)
+    return signopt.local_steps(inner, outer, every=every, num_workers=workers)
 
 
 def noise(seeds: int) -> Iterator[Record]:
@@ -147,15 +145,13 @@ def proximal(seeds: int) -> Iterator[Record]:
       A record for each optimizer and batch size, at the best rate and pull on images held out.
     """
     for inner, first in ((optax.sgd, 2.0**-4), (optax.adam, 2.0**-8)):
-        (rates, pulls), trials, numbers = _grid(first * 2.0 ** np.arange(-3, 4), (0.0, 0.1, 1.0), seeds=seeds)
+        (rates, pulls), trials, numbers = _grid(first * 2.0 ** np.arange(-2, 4), (0.0, 0.1, 1.0), seeds=seeds)
 
         def make(setting, inner=inner):
-            return signopt.local_steps(
-                inner(optax.cosine_decay_schedule(setting[0], STEPS)), optax.sgd(1.0), every=16, num_workers=1
-            )
+            return averaging(inner(optax.cosine_decay_schedule(setting[0], STEPS)), 16, workers=1)
 
         lines = {inner.__name__: np.flatnonzero(pulls == 0), f"{inner.__name__}, pulled": np.flatnonzero(pulls > 0)}
-        for batch_size in (1, 4, 16):
+        for batch_size in (1, 8):
             found = train(make, trials, numbers, batch_size=batch_size, workers=1, pull=lambda setting: setting[1])
             for record in best_of(lines, rates, *(x.reshape(len(rates), seeds) for x in found)):
                 yield record | {"x": batch_size}
@@ -185,8 +181,8 @@ def leaders(seeds: int) -> Iterator[Record]:
     Yields:
       A record for each method and period.
     """
-    (rates, pulls), trials, numbers = _grid(2.0 ** np.arange(-7, -1), (0.0, 0.1), seeds=seeds)
-    for every in (4, 16, 64):
+    (rates, pulls), trials, numbers = _grid(2.0 ** np.arange(-6, -2), (0.0, 0.1), seeds=seeds)
+    for every in (16,):
         for name in ("mean", "leader"):
 
             def make(setting, name=name, every=every):

@@ -88,7 +88,7 @@ def conditions(seeds: int, steps: int = 2000) -> Iterator[Record]:
         instance["start"] = jax.tree.map(lambda x, z: x + drift * z, exact, instance["start"])
         return instance
 
-    rates = jnp.float32(2.0) ** jnp.arange(-12, 2)
+    rates = jnp.float32(2.0) ** jnp.arange(-9, 9)
     for line, make in METHODS.items():
         decays = line in ("signsgd", "scaled, vote")
         found = _steps(

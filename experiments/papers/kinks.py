@@ -6,11 +6,20 @@ each piece: two to the power of the examples on the kink, for each unit. The pap
 its second-order test at a kink is left out here.
 """
 
+from collections.abc import Iterator
 import itertools
 from typing import Any
 
+import jax
+from jax import lax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import scipy.optimize
+
+from experiments.common.records import Record
+from experiments.papers import problems
+import signopt
 
 TOLERANCE = 1e-6
 
@@ -55,3 +64,42 @@ def steepest(
 def verdict(params: Any, inputs: np.ndarray, outputs: np.ndarray) -> str:
     """Whether there is a "descent direction", or the point is "stationary"."""
     return "stationary" if steepest(params, inputs, outputs)[0] > -TOLERANCE else "descent direction"
+
+
+def descents(seeds: int) -> Iterator[Record]:
+    """How steep the way down is that is left, at the start of the problem `relu` and after full-batch steps from there.
+
+    Yields:
+      A record for each optimizer and number of steps, and one for the gradient as JAX takes it.
+    """
+    problem = problems.PROBLEMS["relu"]
+    instances = jax.vmap(problem.draw)(jax.random.split(jax.random.key(0), seeds))
+    whole = jnp.arange(instances["inputs"].shape[1])
+
+    def slopes(params):
+        each = (
+            jax.tree.map(lambda x, i=i: x[i], (params, instances["inputs"], instances["outputs"])) for i in range(seeds)
+        )
+        return [-steepest(*one)[0] for one in each]
+
+    def gradient(params, instance):
+        return jax.grad(problem.loss)(params, instance, whole)
+
+    seen = jax.vmap(gradient)(instances["start"], instances)
+    norms = sum(jnp.abs(x).reshape(seeds, -1).sum(1) for x in jax.tree.leaves(seen))
+    yield {"line": "JAX's gradient", "x": 0, "values": np.asarray(norms).tolist()}
+    for line, make in {"sgd": optax.sgd, "signsgd": signopt.signsgd}.items():
+        yield {"line": line, "x": 0, "values": slopes(instances["start"])}
+        for steps in (100, 10_000):
+            tx = make(optax.cosine_decay_schedule(0.1 if line == "sgd" else 0.01, steps))
+
+            def descend(instance, tx=tx, steps=steps):
+                def step(state, _):
+                    params, opt_state = state
+                    updates, opt_state = tx.update(gradient(params, instance), opt_state, params)
+                    return (optax.apply_updates(params, updates), opt_state), None
+
+                start = instance["start"]
+                return lax.scan(step, (start, tx.init(start)), length=steps)[0][0]
+
+            yield {"line": line, "x": steps, "values": slopes(jax.jit(jax.vmap(descend))(instances))}

@@ -2,6 +2,7 @@
 
 * `evaluations`, `slopes`: steps from values of the loss alone, by dimension; and what travels if workers share directions.
 * `conditions`, `depths`: ScaledSGD by the condition of a matrix, and descent by the depth of a linear chain.
+* `kinks`: whether a ReLU network is at a local minimum, also where it has no derivative.
 * `noise`, `leaders`: noise on each worker's steps between averages, and workers that follow the best of them.
 * `proximal`: small batches with a pull to an anchor.
 * `late`: strongly convex descent whose coordinates are read late.
@@ -27,6 +28,7 @@ from experiments.common.flags import flag
 from experiments.common.records import Record
 from experiments.papers import apart
 from experiments.papers import factors
+from experiments.papers import kinks
 from experiments.papers import values
 
 
@@ -59,6 +61,9 @@ CLAIMS = {
         factors.conditions, "condition number", "steps", True, "SGD's grow with it, ScaledSGD's do not"
     ),
     "depths": Claim(factors.depths, "factors", "steps", True, "exponential in the depth for gradient descent"),
+    "kinks": Claim(
+        kinks.descents, "steps", "steepest slope", False, "what is stationary, and what is not, can be told"
+    ),
     "noise": Claim(apart.noise, "noise", "test accuracy", False, "better generalisation than without noise"),
     "leaders": Claim(apart.leaders, "steps a round", "test accuracy", False, "following the best beats the mean"),
     "proximal": Claim(apart.proximal, "batch size", "test accuracy", False, "pulled ahead at small batches"),

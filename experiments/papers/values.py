@@ -67,7 +67,7 @@ def evaluations(seeds: int) -> Iterator[Record]:
             middle = 0.1 if "signs" in kind else DIRECTIONS / (size + DIRECTIONS)
             if kind == "few coordinates matter":
                 middle = 1.0
-            rates = jnp.float32(middle) * 2.0 ** jnp.arange(-4, 3)
+            rates = jnp.float32(middle) * 2.0 ** (jnp.arange(-6, 2) if "signs" in kind else jnp.arange(-4, 3))
             steps = 400 if "all" in kind else 100
             found = np.asarray(distances(kind, size, rates, jnp.arange(seeds + 1), steps=steps))
             took = np.where((found <= TARGET).any(-1), (found <= TARGET).argmax(-1) + 1, np.inf)
@@ -100,31 +100,26 @@ def borders(seeds: int, workers: int = 8, size: int = 64, steps: int = 400) -> I
             schedule = optax.linear_schedule(rate, 0.0, steps)
             tx = optax.sgd(schedule) if vote is None else vote(schedule, axis_name=AXIS, wire="one_bit")
 
-            def step(state, batch):
-                x, opt_state = state
+            def step(state, noise):
+                x, opt_state, key = state  # the key is the same on all workers
 
                 def loss(x):
-                    return jnp.mean((x - 1 - batch["noise"][0]) ** 2) / 2
+                    return jnp.mean((x - 1 - noise[0]) ** 2) / 2
 
-                key = jax.random.wrap_key_data(batch["key"][0])
-                key = key if border is not None else jax.random.fold_in(key, lax.axis_index(AXIS))
-                estimate = signopt.workers.zeroth_order_gradient(loss, SMOOTHING, count, key, border=border)
+                own = key if border is not None else jax.random.fold_in(key, lax.axis_index(AXIS))
+                estimate = signopt.workers.zeroth_order_gradient(loss, SMOOTHING, count, own, border=border)
                 _, gradient = estimate(x)
                 updates, opt_state = tx.update(gradient, opt_state, x)
-                return (optax.apply_updates(x, updates), opt_state), None
+                return (optax.apply_updates(x, updates), opt_state, jax.random.fold_in(key, 0)), None
 
             together = signopt.workers.simulate(step, workers, axis_name=AXIS)
 
             def body(state, key):
-                noise, shared = jax.random.split(key)
-                batch = {
-                    "noise": 0.3 * jax.random.normal(noise, (workers, size)),
-                    "key": jnp.broadcast_to(jax.random.key_data(shared), (workers, 2)),
-                }
-                return together(state, batch)
+                return together(state, 0.3 * jax.random.normal(key, (workers, size)))
 
-            start = jnp.zeros(size), tx.init(jnp.zeros(size))
-            (x, _), _ = lax.scan(body, start, jax.random.split(jax.random.key(seed), steps))
+            drawn, shared = jax.random.split(jax.random.key(seed))
+            start = jnp.zeros(size), tx.init(jnp.zeros(size)), shared
+            (x, _, _), _ = lax.scan(body, start, jax.random.split(drawn, steps))
             return jnp.mean((x - 1) ** 2)
 
         rates = jnp.float32(2.0) ** jnp.arange(-8, 8)

@@ -69,8 +69,9 @@ def zeroth_order_gradient(
 
     References:
       Balasubramanian and Ghadimi, `Zeroth-order (non)-convex stochastic optimization
-      <https://arxiv.org/abs/1809.06474>`_, 2018, equation (2.3). Seeds in the place of directions: Salimans et al.,
-      `Evolution strategies <https://arxiv.org/abs/1703.03864>`_, 2017, section 2.1.
+      <https://arxiv.org/abs/1809.06474>`_, 2018. Seeds in the place of directions: Salimans et al.,
+      `Evolution strategies <https://arxiv.org/abs/1703.03864>`_, 2017. A bit for a slope: Cai et al., `FeedSign
+      <https://arxiv.org/abs/2501.17610>`_, 2025.
     """
     caller = "zeroth_order_gradient"
     _check.positive(smoothing, caller, "smoothing")
