@@ -20,7 +20,7 @@ RECORDED ?= bounds large_system regimes geometry adaptive signprox sweep cost wi
 export NPROC ?= 16
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all test-latest test-compile records check format notebooks docs figures dist newest-python clean
+.PHONY: help train test test-all test-latest compilers test-compile records check format notebooks docs figures dist newest-python clean
 
 help: ## Say what there is.
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null || \
@@ -46,7 +46,9 @@ test-latest: ## The same with the newest Python at hand, if it is newer than PYT
 	if [ -z "$$newest" ]; then echo "test-latest: no Python newer than '$(PYTHON)' among $(NEWER); nothing to do."; \
 	else $(MAKE) --no-print-directory test PYTHON="$$newest" VENV="$(VENV_LATEST)"; fi
 
-test-compile: $(VENV)/.installed-test $(VENV_TPU)/.installed $(VENV_GPU)/.installed ## Compile votes for TPUs and GPUs, which need not be here.
+compilers: $(VENV_TPU)/.installed $(VENV_GPU)/.installed # what the next one needs, 2.4 GB
+
+test-compile: $(VENV)/.installed-test compilers ## Compile votes for TPUs and GPUs, which need not be here.
 	SIGNOPT_TPU_PYTHON=$(VENV_TPU)/bin/python SIGNOPT_GPU_PYTHON=$(VENV_GPU)/bin/python \
 	  $(VENV)/bin/python -m pytest --numprocesses 0 tests/test_compile.py
 

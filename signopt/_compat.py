@@ -8,7 +8,11 @@ from typing import Any
 
 import jax
 from jax import lax
+from jax.extend.core import Primitive
 from jax.extend.core import unsafe_get_axis_names_DO_NOT_USE  # pyright: ignore[reportPrivateImportUsage]
+from jax.interpreters import ad
+from jax.interpreters import batching
+from jax.interpreters import mlir
 
 
 def gather_vmapped(x: jax.Array, name: Hashable) -> jax.Array:
@@ -39,3 +43,21 @@ def says_that_workers_differ(error: ValueError) -> bool:
 def bound_names() -> list[Hashable]:
     """The axes that a collective could name where this is traced. It goes into errors only."""
     return unsafe_get_axis_names_DO_NOT_USE()
+
+
+def after_all(tree: Any) -> Any:
+    """The same tree; the compiler lets nothing read a leaf before all leaves are there.
+
+    `lax.optimization_barrier`, except that each leaf keeps its type: in jax 0.10 that one makes what workers share vary.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    return jax.tree.unflatten(treedef, _after_all_p.bind(*leaves))
+
+
+_after_all_p = Primitive("after_all")
+_after_all_p.multiple_results = True
+_after_all_p.def_impl(lambda *args: lax.optimization_barrier(args))
+_after_all_p.def_abstract_eval(lambda *args: args)
+mlir.register_lowering(_after_all_p, mlir.lower_fun(lambda *args: lax.optimization_barrier(args), True))
+batching.primitive_batchers[_after_all_p] = lambda args, dims: (_after_all_p.bind(*args), dims)
+ad.primitive_jvps[_after_all_p] = lambda primals, tangents: (_after_all_p.bind(*primals), tangents)

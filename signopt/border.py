@@ -44,6 +44,7 @@ import optax
 
 from signopt import _axis
 from signopt import _check
+from signopt import _compat
 from signopt import _flat
 from signopt import _float
 from signopt import _shards
@@ -240,12 +241,13 @@ def exchange(
             out, memory, seen = run(border, updates, own.memory, context)
             return (out, seen), Own(memory)
         late = jax.tree.map(border.release, own.held, updates)
-        out, memory, seen = run(border, late, own.memory, context._replace(present=own.held_present))
+        held = jax.tree.map(border.hold, updates)
+        out, memory, seen, held = _run(border, late, own.memory, context._replace(present=own.held_present), held)
         # The first step has nothing to exchange yet. What all workers do then changes nothing that they remember.
         out = jax.tree.map(lambda x: jnp.where(first, jnp.zeros_like(x), x), out)
         memory = jax.tree.map(lambda new, old: jnp.where(first, old, new), memory, own.memory)
         present = jnp.ones([], bool) if context.present is None else jnp.asarray(context.present, bool)
-        return (out, seen), Own(memory, jax.tree.map(border.hold, updates), _axis.to_varying(present, axis_name))
+        return (out, seen), Own(memory, held, _axis.to_varying(present, axis_name))
 
     own_tx: Any = optax.GradientTransformationExtraArgs(init_own, cast(Any, update_own))
     if remembers and num_workers is not None:
@@ -284,6 +286,15 @@ def exchange(
 
 def run(border: Border, updates: Any, memory: Memory, context: Context) -> tuple[Any, Memory, Any]:
     """Exchange once: the updates that all agree on, what is remembered, and what the servers reported, added up."""
+    return _run(border, updates, memory, context, ())[:3]
+
+
+def _run(border, updates, memory, context, held):
+    """`run`; what the decisions say is read only when `held`, the last of this step's own work, is there, too.
+
+    Else XLA on GPUs joins the update of a parameter with the forward pass that reads it, which puts the exchange first and
+    alone.
+    """
     message, left = border.encode(updates, memory.worker, context)
     present = context.present
     if present is not None:  # what an absent worker would have sent stays with it
@@ -295,8 +306,10 @@ def run(border: Border, updates: Any, memory: Memory, context: Context) -> tuple
         kept = () if border.keep is None else border.keep(updates, context)
         decisions, at_server, reports = _serve(border.decide, message, memory.server, kept, context)
         seen = jax.tree.map(_float.sum_in_order, reports)
+    if jax.tree.leaves(held):
+        decisions, held = _compat.after_all((decisions, held))
     report = () if border.observe is None else border.observe(seen, updates, context)
-    return border.decode(decisions, updates, context), Memory(left, at_server), report
+    return border.decode(decisions, updates, context), Memory(left, at_server), report, held
 
 
 def _serve(decide, message, memory, kept, context):

@@ -4,6 +4,7 @@ Names are topologies of TPUs, or `h100` for eight GPUs. No accelerator is needed
 second argument names the layout of packed bits, if it shall not be the machine's own.
 """
 
+import functools
 import json
 import os
 import pathlib
@@ -27,6 +28,7 @@ from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
+import optax
 
 import signopt
 from signopt import _bits
@@ -54,16 +56,22 @@ def devices_of(machine):
     ).devices
 
 
-def compiled(function, mesh, specs, *args):
+def compiled(function, mesh, specs, *args, options=None):
     """A program for the devices of a mesh; `args` are trees of shapes."""
-    on_mesh = lambda spec: lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
-    placed = [jax.tree.map(on_mesh(spec), tree) for spec, tree in zip(specs, args, strict=True)]
-    program = jax.jit(function, donate_argnums=0).lower(*placed).compile()
+    on_mesh = lambda spec, x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    def place(spec, tree):
+        return jax.tree.map(functools.partial(on_mesh, spec), tree)
+
+    is_spec = lambda x: isinstance(x, P)
+    placed = [jax.tree.map(place, spec, tree, is_leaf=is_spec) for spec, tree in zip(specs, args, strict=True)]
+    program = jax.jit(function, donate_argnums=0).lower(*placed).compile(compiler_options=options)
     text = program.as_text()
     return {
         "collectives": collectives(text),
         "temporaries": program.memory_analysis().temp_size_in_bytes,
         "cycles": sum(map(int, re.findall(r'"?estimated_cycles"?:"?(\d+)', text))),
+        "under": products_under(text),
         "kernels": len(re.findall(r"= .* fusion\(", text[text.index("ENTRY") :])),
     }
 
@@ -77,6 +85,57 @@ def collectives(text):
             shapes = re.findall(r"([a-z]+\d+)\[([\d,]*)\]", line[: hit.start()])
             found.append([hit[1], *([t, int(np.prod([int(d) for d in s.split(",") if d]))] for t, s in shapes)])
     return found
+
+
+def products_under(text):
+    """For each asynchronous collective, how many matrix products the schedule has between its start and its done."""
+    bodies = dict(re.findall(r"^(?:ENTRY )?%?([\w.\-]+) \(.*?\{$(.*?)^\}", text, re.DOTALL | re.MULTILINE))
+    is_product = lambda code: re.search(r" (dot|convolution)\(|__cublas", code) is not None
+    products = {name for name, body in bodies.items() if is_product(body)}
+    running, found = {}, {}
+    for line in text[text.index("\nENTRY") :].splitlines():
+        hit = re.match(r"\s*(?:ROOT )?%?([\w.\-]+) = .*? ([a-z\-]+)\(([^)]*)\)", line)
+        if not hit:
+            continue
+        name, kind, operands = hit.groups()
+        called = re.findall(r"calls=%?([\w.\-]+)", line)
+        what = " ".join([line, *(bodies.get(c, "") for c in called)])
+        collective = re.search(r"(all-to-all|all-gather)(-start)?\(", what)
+        kind = kind if kind != "fusion" else re.sub(r"[.\d]+$", "", name)  # a TPU has async-collective-start and -done
+        if kind.endswith("-start") and collective:
+            running[name] = collective[1]
+            found[collective[1]] = 0
+        elif kind.endswith("-done"):
+            for start in re.findall(r"%?([\w.\-]+)", operands):
+                running.pop(start, None)
+        elif is_product(line) or products & set(called):
+            for of in running.values():
+                found[of] += 1
+    return found
+
+
+def layers(mesh, border, *, width, examples, options=None):
+    """A step of four layers: gradients, momentum, the border, and the update of the parameters."""
+    params = [jax.ShapeDtypeStruct((width, width), jnp.float32)] * 4
+    tx = optax.chain(signopt.workers.per_worker(optax.trace(0.9), WORKERS), border, optax.scale_by_learning_rate(0.01))
+
+    def loss(params, x):
+        for w in params:
+            x = jnp.tanh(x @ w)
+        return jnp.mean(x**2)
+
+    def step(state, x):
+        params, opt_state = state
+        _, grads = signopt.workers.value_and_grad(loss, axis_name=AXIS)(params, x)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    state = (params, jax.eval_shape(tx.init, params))
+    specs = signopt.workers.partition_specs(state, AXIS)
+    x = jax.ShapeDtypeStruct((WORKERS * examples, width), jnp.float32)
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=(specs, P(AXIS)), out_specs=specs)
+    found = compiled(mapped, mesh, (specs, P(AXIS)), state, x, options=options)
+    return found | {"parameter_bytes": 4 * 4 * width**2}
 
 
 def vote(mesh, wire, **kwargs):
@@ -105,9 +164,18 @@ def alone(mesh, planes):
     return {"pack": pack, "unpack": update}
 
 
+def hidden(mesh, on_tpu):
+    """Votes that come at once and late; on a TPU late ones also with the option that makes an all-to-all asynchronous."""
+    late = functools.partial(signopt.majority_vote, AXIS, delay=1, num_workers=WORKERS)
+    small = functools.partial(layers, mesh, width=128, examples=256)
+    option = {"xla_tpu_enable_async_all_to_all": "true"} if on_tpu else None
+    return {"at once": small(signopt.majority_vote(AXIS)), "late": small(late(), options=option)}
+
+
 def main(machine, layout=None):
     devices = devices_of(machine)
-    with _bits.as_on(layout or ("gpu" if machine == "h100" else "tpu")):
+    on_tpu = machine != "h100"
+    with _bits.as_on(layout or ("tpu" if on_tpu else "gpu")):
         one = Mesh(np.array(devices[:1]), ("device",))
         mesh = Mesh(np.array(devices[:WORKERS]), (AXIS,))
         print(
@@ -115,6 +183,7 @@ def main(machine, layout=None):
                 {
                     "alone": {str(planes): alone(one, planes) for planes in (1, 2)},
                     "vote": {wire: vote(mesh, wire) for wire in ("one_bit", "two_bit")},
+                    "hidden": {} if layout else hidden(mesh, on_tpu),
                 }
             )
         )

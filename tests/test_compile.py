@@ -12,8 +12,9 @@ import subprocess
 import pytest
 
 HERE = pathlib.Path(__file__).parent
-VARIABLES = {"v5e:2x4": "SIGNOPT_TPU_PYTHON", "h100": "SIGNOPT_GPU_PYTHON"}
-MACHINES = tuple(VARIABLES)
+TPUS = ("v5e:2x4", "v6e:2x4", "v5p:2x2x2")
+MACHINES = (*TPUS, "h100")
+VARIABLES = {machine: "SIGNOPT_TPU_PYTHON" if machine in TPUS else "SIGNOPT_GPU_PYTHON" for machine in MACHINES}
 
 
 @functools.cache
@@ -38,7 +39,7 @@ def test_a_vote_is_one_exchange_of_words_each_way(machine, wire):
     found = programs(machine)["vote"][wire]
     by_kind = sorted(found["collectives"])
     assert [kind for kind, *_ in by_kind] == ["all-gather", "all-to-all"]
-    planes, tile = 1 + (wire == "two_bit"), 1024 if machine == "v5e:2x4" else 8
+    planes, tile = 1 + (wire == "two_bit"), 1024 if machine in TPUS else 8
     sizes = (2**16, 2**16 + 77, 64 * 128, 999, 1)
     words = sum(-(-size // tile) * tile for size in sizes) // 8
     row = tile // 8 * 8  # words of a tile, times workers
@@ -48,9 +49,21 @@ def test_a_vote_is_one_exchange_of_words_each_way(machine, wire):
         assert whole in (sum(entries for _, entries in arrays), max(entries for _, entries in arrays))
 
 
+@pytest.mark.parametrize("machine", MACHINES)
+def test_a_late_vote_travels_under_matrix_products(machine):
+    """Both ways, of a step with eleven of them. One that counts at once has nothing to travel under."""
+    found = programs(machine)["hidden"]
+    assert all(products == 0 for products in found["at once"]["under"].values())
+    assert set(found["late"]["under"]) == {"all-to-all", "all-gather"}
+    assert sum(found["late"]["under"].values()) >= 10
+    if machine in TPUS:
+        assert all(products > 0 for products in found["late"]["under"].values())
+
+
 @pytest.mark.parametrize("planes", ("1", "2"))
-def test_packing_needs_no_memory_of_its_own_on_a_tpu(planes):
-    found = programs("v5e:2x4")["alone"][planes]
+@pytest.mark.parametrize("machine", MACHINES)
+def test_packing_needs_no_memory_of_its_own(machine, planes):
+    found = programs(machine)["alone"][planes]
     assert found["pack"]["temporaries"] == found["unpack"]["temporaries"] == 0
 
 

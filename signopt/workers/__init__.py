@@ -16,4 +16,5 @@ from signopt.workers.state import PerWorkerState as PerWorkerState
 from signopt.workers.state import partition_specs as partition_specs
 from signopt.workers.state import per_worker as per_worker
 from signopt.workers.state import resize as resize
+from signopt.workers.survivors import elastic as elastic
 from signopt.workers.zeroth_order import zeroth_order_gradient as zeroth_order_gradient

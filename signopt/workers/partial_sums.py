@@ -48,10 +48,10 @@ def unreduced(tx: optax.GradientTransformation, *, axis_name: _axis.AxisName) ->
       >>> @jax.jit
       ... def updates(params, batch):
       ...     tagged = jax.reshard(params, jax.NamedSharding(mesh, jax.P(None, reduced={"data"})))
-      ...     grads = jax.grad(lambda params: jnp.mean((params - batch) ** 2))(tagged)
+      ...     grads = jax.grad(lambda params: jnp.mean(batch @ params))(tagged)
       ...     return tx.update(grads, tx.init(params), params)[0]
       >>> updates(params, batch).tolist()
-      [0.5, -0.5]
+      [-0.5, 0.5]
     """
     names = _axis.names(axis_name)
     if not names:
@@ -78,7 +78,7 @@ def _mesh_of(tree: Any, names: tuple) -> Mesh | None:
     """The mesh of the first leaf; None if its type names none."""
     x = next(iter(jax.tree.leaves(tree)), None)
     at = None if x is None else getattr(jax.typeof(x), "sharding", None)
-    if at is None or at.mesh.empty:
+    if x is None or at is None or at.mesh.empty:
         return None
     if not set(names) <= set(at.mesh.axis_names):
         raise ValueError(
@@ -94,7 +94,7 @@ def _stacked(x: jax.Array, mesh: Mesh, names: tuple) -> jax.Array:
     return jax.shard_map(
         lambda term: (term * workers)[None],
         mesh=mesh,
-        in_specs=PartitionSpec(*entries, unreduced=set(names)),
+        in_specs=PartitionSpec(*entries, unreduced=frozenset(names)),
         out_specs=PartitionSpec(names, *entries),
         check_vma=False,
     )(x)

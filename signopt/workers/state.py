@@ -248,18 +248,22 @@ def resize(state: Any, num_workers: int) -> Any:
     return jax.tree.map_with_path(leaf, owners(state), state)
 
 
+def is_served(path: tuple) -> bool:
+    """Whether a leaf says how many entries the servers of a border share: they remember something."""
+    return tuple(map(_name, path[-2:])) == ("server", "entries")
+
+
 def _entries_served(state: Any) -> dict[tuple, int]:
     """How many entries the servers of a border share, by the place of what they remember."""
     found = {}
     for path, x in jax.tree.leaves_with_path(state):
-        names = tuple(map(_name, path))
-        if names[-2:] == ("server", "entries"):
+        if is_served(path):
             if not isinstance(x, jax.Array | np.ndarray) or isinstance(x, Tracer):
                 raise TypeError(
                     f"`resize(state=...)` has to be given values where servers remember, got {x} at "
                     f"`state{jax.tree_util.keystr(path)}`. Restore the state of the old workers first, outside of `jax.jit`."
                 )
-            found[names[:-1]] = int(np.asarray(x).reshape(-1)[0])
+            found[tuple(map(_name, path[:-1]))] = int(np.asarray(x).reshape(-1)[0])
     return found
 
 
