@@ -9,6 +9,7 @@ import pytest
 import rich.console
 
 from experiments.common import records
+from experiments.common import report
 from experiments.training import rates
 import figures
 
@@ -67,6 +68,42 @@ def test_a_training_that_diverges_is_no_best(found):
     worse = [*found[:-1], last | {"loss": [float("nan")], "error": [float("nan")]}]
     scores = rates.scores(worse, last["problem"], last["method"], last["steps"])
     assert scores[last["learning_rate"]] == np.inf and np.isfinite(scores[rates.best(scores)])
+
+
+def test_among_as_many_wrong_answers_the_loss_decides():
+    tried = [{}] + [
+        {
+            "problem": "mlp",
+            "method": "sgd",
+            "steps": 1,
+            "by": "error",
+            "learning_rate": rate,
+            "error": [error],
+            "loss": [loss],
+        }
+        for rate, error, loss in ((1.0, 0.1, 3.0), (2.0, 0.1, 2.0), (4.0, 0.1, 2.5), (8.0, 0.1 + 1 / 287, 0.1))
+    ]
+    assert rates.best(rates.scores(tried, "mlp", "sgd", 1)) == 2.0
+
+
+def test_the_kept_records_are_what_docs_from_adamw_says_of_them():
+    kept = records.read(report.MEASURED / "rates" / "records.jsonl")
+    lost, better = {"error": {}, "loss": {}}, []
+    for problem, steps in rates.cells(kept):
+        for method in rates.METHODS:
+            tried = rates.scores(kept, problem, method, steps)
+            assert not tried or {rates.best(tried) / 2, rates.best(tried) * 2} <= set(tried)
+        adamw, signum = (rates.scores(kept, problem, method, steps) for method in ("adamw", "signum"))
+        by = "loss" if problem == "transformer" else "error"
+        for share in rates.SHARES:
+            rate = share * rates.best(adamw)
+            lost[by].setdefault(share, []).append(signum[rate] - min(signum.values()))
+            better += [adamw[rate] - signum[rate]] if share <= 1 / 8 else []
+    worst = {by: [round(max(found[share]), 3) for share in (1 / 8, 1 / 4, 1 / 16, 1)] for by, found in lost.items()}
+    assert worst == {"error": [0.004, 0.01, 0.022, 0.496], "loss": [0.021, 0.06, 0.093, 0.308]}
+    assert (len(better), sum(x > 0 for x in better)) == (12, 11) and min(better) > -0.001
+    ratios = rates.ratios(kept, "signum", "adamw")
+    assert (min(ratios), max(ratios)) == (1 / 32, 1 / 4)
 
 
 def test_a_long_run_is_short_ones_one_after_another():
