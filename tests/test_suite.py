@@ -1,5 +1,7 @@
 """The suite of problems and the claims of the papers: what they measure is what they say."""
 
+from typing import Any
+
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -114,7 +116,7 @@ def test_the_leader_is_the_worker_with_the_lowest_loss():
     def update(own, value):
         return tx.update(own, tx.init(own), value=value)[0]
 
-    found = jax.vmap(update, out_axes=None, axis_name=apart.AXIS)(own, jnp.array([2.0, 0.5, 1.0, 3.0]))
+    found: Any = jax.vmap(update, out_axes=None, axis_name=apart.AXIS)(own, jnp.array([2.0, 0.5, 1.0, 3.0]))
     assert found["a"].tolist() == [3.0, 4.0, 5.0] and found["b"] == 1.0
 
 

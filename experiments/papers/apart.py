@@ -119,7 +119,9 @@ def noise(seeds: int) -> Iterator[Record]:
       A record for each way to average and deviation.
     """
     strengths = (0.0, 0.01, 0.03, 0.1, 0.3)
-    settings, numbers = (x.ravel() for x in np.meshgrid(np.float32(strengths), np.arange(seeds), indexing="ij"))
+    settings, numbers = (
+        x.ravel() for x in np.meshgrid(np.asarray(strengths, np.float32), np.arange(seeds), indexing="ij")
+    )
     for line in ("mean", "ring and mean"):
 
         def make(setting, line=line):
@@ -134,7 +136,7 @@ def noise(seeds: int) -> Iterator[Record]:
 
 def _grid(*axes, seeds):
     """All settings, and their trials: with each seed."""
-    settings = [np.float32(x.ravel()) for x in np.meshgrid(*axes, indexing="ij")]
+    settings = [np.asarray(x.ravel(), np.float32) for x in np.meshgrid(*axes, indexing="ij")]
     return settings, tuple(x.repeat(seeds) for x in settings), np.tile(np.arange(seeds), len(settings[0]))
 
 
