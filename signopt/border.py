@@ -292,8 +292,8 @@ def run(border: Border, updates: Any, memory: Memory, context: Context) -> tuple
 def _run(border, updates, memory, context, held):
     """`run`; what the decisions say is read only when `held`, the last of this step's own work, is there, too.
 
-    Else XLA on GPUs joins the update of a parameter with the forward pass that reads it, which puts the exchange first and
-    alone.
+    So no update of a parameter runs before the gradient does, and the exchange has the whole step to travel in. What that
+    gives on which machine: docs/gpu_and_tpu.md.
     """
     message, left = border.encode(updates, memory.worker, context)
     present = context.present
