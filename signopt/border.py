@@ -238,11 +238,11 @@ def exchange(
     def update_own(updates, own, params=None, *, context, first):
         del params
         if not delay:
-            out, memory, seen = run(border, updates, own.memory, context)
+            out, memory, seen, _ = run(border, updates, own.memory, context)
             return (out, seen), Own(memory)
         late = jax.tree.map(border.release, own.held, updates)
         held = jax.tree.map(border.hold, updates)
-        out, memory, seen, held = _run(border, late, own.memory, context._replace(present=own.held_present), held)
+        out, memory, seen, held = run(border, late, own.memory, context._replace(present=own.held_present), held)
         # The first step has nothing to exchange yet. What all workers do then changes nothing that they remember.
         out = jax.tree.map(lambda x: jnp.where(first, jnp.zeros_like(x), x), out)
         memory = jax.tree.map(lambda new, old: jnp.where(first, old, new), memory, own.memory)
@@ -284,16 +284,10 @@ def exchange(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def run(border: Border, updates: Any, memory: Memory, context: Context) -> tuple[Any, Memory, Any]:
-    """Exchange once: the updates that all agree on, what is remembered, and what the servers reported, added up."""
-    return _run(border, updates, memory, context, ())[:3]
+def run(border: Border, updates: Any, memory: Memory, context: Context, held: Any = ()) -> tuple[Any, Memory, Any, Any]:
+    """Exchange once: the updates that all agree on, what is remembered, what the servers reported, added up, and `held`.
 
-
-def _run(border, updates, memory, context, held):
-    """`run`; what the decisions say is read only when `held`, the last of this step's own work, is there, too.
-
-    Else XLA on GPUs joins the update of a parameter with the forward pass that reads it, which puts the exchange first and
-    alone.
+    The decisions are read only when `held`, the last of this step's own work, is there, so the exchange may take the step.
     """
     message, left = border.encode(updates, memory.worker, context)
     present = context.present

@@ -9,7 +9,7 @@ import jax
 
 if __name__ == "__main__":  # JAX joins the other processes before anything of it is used
     jax.config.update("jax_enable_recoverability", True)
-    jax.distributed.initialize(**json.loads(sys.argv[1]), heartbeat_timeout_seconds=5)
+    jax.distributed.initialize(**json.loads(sys.argv[1]), heartbeat_timeout_seconds=10)
 
 import jax.numpy as jnp
 import numpy as np

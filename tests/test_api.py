@@ -54,6 +54,24 @@ def test_every_module_starts_with_what_it_is_for():
 # ---- JAX's inside: these fail loudly when JAX changes -----------------------------------------------------------------
 
 
+def test_what_waits_for_others_keeps_its_type_its_batch_and_its_derivative(devices):
+    mesh = jax.make_mesh((8,), ("w",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
+    seen = []
+
+    def body(x, shared):
+        found = _compat.after_all((x, shared))
+        seen.append([_compat.varying(y) for y in found])
+        return found
+
+    found = jax.shard_map(body, mesh=mesh, in_specs=(jax.P("w"), jax.P()), out_specs=(jax.P("w"), jax.P()))
+    x, shared = jax.jit(found)(jnp.arange(8.0), jnp.float32(3.0))
+    assert (x.tolist(), float(shared)) == ([*range(8)], 3.0)
+    assert seen[0] == [{"w"}, frozenset()]
+    assert jax.vmap(_compat.after_all, ((0, None),), (0, None))((jnp.arange(2.0), 3.0))[1] == 3
+    assert jax.grad(lambda x: _compat.after_all((x**2, x))[0])(3.0) == 6
+    assert "optimization_barrier" in jax.jit(_compat.after_all).lower((1.0, 2.0)).as_text()
+
+
 def test_a_gather_over_a_vmapped_axis_is_unbatched():
     found = jax.vmap(lambda x: _compat.gather_vmapped(x[None], "w"), out_axes=None, axis_name="w")(jnp.arange(3.0))
     assert found.tolist() == [0, 1, 2]

@@ -43,7 +43,7 @@ def run(folder, count, steps, kills):
         for about in ({"coordinator_address": address, "num_processes": count, "process_id": i} for i in range(count))
     ]
     variables = environment(1)
-    variables["XLA_FLAGS"] += " --xla_cpu_collective_timeout_seconds=5"
+    variables["XLA_FLAGS"] += " --xla_cpu_collective_timeout_seconds=60"
     with started(folder, commands, [variables] * count) as processes:
         for step in marks:
             found[step] = {i: saved(folder, step, i, processes[i]) for i in alive}
