@@ -72,7 +72,7 @@ def gossip_mean(axis_name: Hashable, neighbours: Sequence[int] = (-1, 1)) -> opt
             )
         sign.require_floating(updates, caller)
         updates = jax.tree.map(jnp.asarray, updates)
-        here = _check.params(params, caller, "what is averaged is `params` plus its update")
+        here = jax.tree.map(jnp.asarray, _check.params(params, caller, "what is averaged is `params` plus its update"))
         start = _flat.rows(here, 1, 1)[0]
         own = start + _flat.rows(updates, 1, 1)[0]
         takes_part = jnp.ones([], bool) if present is None else jnp.asarray(present, bool)

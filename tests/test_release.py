@@ -67,7 +67,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
         names = set(archive.namelist())
     package = {name for name in names if not name.startswith(f"signopt-{signopt.__version__}.dist-info/")}
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "signopt").rglob("*.py")}
-    assert package == sources | {"signopt/py.typed"}
+    assert package == sources | {"signopt/py.typed", "signopt/_tools/basis.json"}
     assert f"signopt-{signopt.__version__}.dist-info/licenses/LICENSE" in names
 
 
