@@ -28,7 +28,7 @@ def main(words: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         "python -m signopt", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    tools = parser.add_subparsers(dest="tool", metavar="TOOL", required=True)
+    tools = parser.add_subparsers(dest="tool", metavar="TOOL")
     for name, tool in TOOLS.items():
         about = str(tool.__doc__).partition("\n")[0]
         added = tools.add_parser(
@@ -41,6 +41,9 @@ def main(words: Sequence[str]) -> None:
         tool.arguments(added)
         added.add_argument("--json", action="store_true", help="print what was measured as JSON lines")
     options = parser.parse_args(words)
+    if options.tool is None:
+        parser.print_help()
+        return
     tool = TOOLS[options.tool]
     try:
         found = list(tool.measure(options))

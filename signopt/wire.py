@@ -71,7 +71,13 @@ def bytes_sent(
     step = jax.shard_map(
         tx.update, mesh=mesh, in_specs=(jax.P(), specs, jax.P()), out_specs=(jax.P(), specs), check_vma=False
     )
-    return math.ceil(_sent(jax.make_jaxpr(step)(like, state, like).jaxpr, num_workers))
+    try:
+        program = jax.make_jaxpr(step)(like, state, like)
+    except ValueError as error:
+        if "is bound" in str(error):
+            error.add_note(f"`bytes_sent(axis_name=...)` has to be the axis of what is given to it, got {axis_name!r}.")
+        raise
+    return math.ceil(_sent(program.jaxpr, num_workers))
 
 
 def _sent(jaxpr: Any, num_workers: int) -> Fraction:

@@ -327,6 +327,19 @@ def test_ready_optimizers_refuse_bad_arguments_when_they_are_made(make):
         make(0.1, axis_name="w", wire="bits")
 
 
+def test_a_mesh_that_is_none_is_refused():
+    with pytest.raises(TypeError, match=r"`on_mesh\(mesh=...\)` has to be a mesh, got 'w'"):
+        workers.on_mesh(lambda state, batch: (state, None), "w", axis_name="w")
+
+
+def test_bytes_sent_names_the_axis_that_was_not_given():
+    tx = signopt.signum(0.1, axis_name="data", num_workers=4)
+    with pytest.raises(ValueError, match="axis 'data' is bound") as caught:
+        signopt.wire.bytes_sent({"w": jax.ShapeDtypeStruct((4,), "float32")}, 4, tx)
+    cure = "`bytes_sent(axis_name=...)` has to be the axis of what is given to it, got 'worker'."
+    assert cure in caught.value.__notes__
+
+
 def test_bytes_sent_refuses_an_unknown_wire_and_nobody():
     with pytest.raises(
         ValueError, match=r"`bytes_sent\(border=...\)` .*'one_bit', 'two_bit', 'psum', 'mean', got 'bits'"

@@ -202,6 +202,7 @@ def ranked(rows: list[dict[str, Any]], tolerance: float) -> list[dict[str, Any]]
         return row["percent"] is None or row["percent"] > tolerance
 
     found = sorted(rows, key=lambda row: (costs_too_much(row), row["seconds"]))
+    found = [row | {"beyond": costs_too_much(row)} for row in found]
     means = [row for row in found if row["name"].startswith(choices.NOTHING) and not costs_too_much(row)]
     if means and means[0]["seconds"] <= WORTH * found[0]["seconds"]:
         found.remove(means[0])
@@ -227,6 +228,9 @@ def report(records: list[dict[str, Any]]) -> str:
         ]
         for row in rows
     ]
+    beyond = next((i for i, row in enumerate(rows) if row["beyond"]), len(rows))
+    if beyond < len(rows):
+        shown.insert(beyond, ["beyond --tolerance:", *[""] * (len(COLUMNS) - 1)])
     legend = (
         "ms: predicted. bits: that a worker sends per parameter and step. costs: by how many percent it ended behind the "
         "best float32 mean in our experiments."
@@ -237,6 +241,10 @@ def report(records: list[dict[str, Any]]) -> str:
         f"{first['name']}, {_when(first)}:",
         "",
         *(f"    {line}".rstrip() for line in first["code"].split("\n")),
+        "",
+        "It belongs in a step that `signopt.workers.on_mesh` or `simulate` runs; in plain `jax.jit` wrap it: "
+        '`signopt.workers.in_jit(optimizer, mesh, axis_name="worker")`.',
+        "docs/loops.md has both as diffs, docs/from_adamw.md the learning rates.",
     ]
     return "\n".join([title, *words(network, look), "", problems.table(COLUMNS, shown), "", legend, *code])
 

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from jax.core import Tracer
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec
 
 from signopt import _axis
@@ -153,6 +154,7 @@ def on_mesh(
       step, and shared state between the processes; inside of jit it does not.
 
     Raises:
+      TypeError: If `mesh` is no mesh.
       ValueError: If the mesh has no such axis; when called, if the batch cannot be split, or shared state would differ
         between workers; on every process, before the first step, if they were not given the same.
 
@@ -170,6 +172,10 @@ def on_mesh(
       >>> round(float(params), 6), losses.tolist()
       (0.1, [0.5])
     """
+    if not isinstance(mesh, Mesh):
+        raise TypeError(
+            f"`on_mesh(mesh=...)` has to be a mesh, got {mesh!r}. Make one: `jax.make_mesh((8,), ({axis_name!r},))`."
+        )
     names = _axis.names(axis_name)
     of_state = names if state_axis_name is None else _axis.names(state_axis_name)
     for caller, group in (("axis_name", names), ("state_axis_name", of_state)):
