@@ -81,4 +81,4 @@ def test_the_two_hosts_are_two_processes():
     ]
     said = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
-    assert "round 2: loss" in said[0] and said[1] == ""
+    assert "round 2: loss" in said[0] and "round" not in said[1]  # where Gloo may say who is connected
