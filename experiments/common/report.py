@@ -30,6 +30,17 @@ _TABLE = re.compile(r"<!-- report: (\w+).*?-->\n.*?<!-- end -->", re.DOTALL)
 Rows = list[list[str]]
 
 
+def drawn(rows: Rows, title: str) -> rich.table.Table:
+    """A table to print, of rows of text with the header first: its first column to the left, numbers to the right."""
+    header, *body = rows
+    table = rich.table.Table(title=title)
+    for column in header:
+        table.add_column(column, justify="left" if column == header[0] else "right")
+    for row in body:
+        table.add_row(*row)
+    return table
+
+
 def main(arguments: Sequence[str], load: Callable[[str], Any], show: Callable[[Any], None]) -> None:
     """Keep, print or write.
 

@@ -106,6 +106,6 @@ def _refuse_servers(state: Any) -> None:
         if is_served(path):
             raise ValueError(
                 "`elastic(...)` has to be given state that dies with nobody else's, got what servers remember at "
-                f'`state{jax.tree_util.keystr(path)}`. Let workers alone remember (`memory="worker"`, no `server=`), or go '
+                f'`state{jax.tree_util.keystr(path)}`. Let workers alone remember (`memory="workers"`, no `server=`), or go '
                 "on from a checkpoint with `signopt.workers.resize`."
             )

@@ -17,6 +17,7 @@ from experiments.common import compressed
 from experiments.common import devices
 from experiments.common import plots
 from experiments.common import progress
+from experiments.common import report
 from experiments.common import runners
 from experiments.common.flags import flag
 from experiments.common.records import Record
@@ -103,13 +104,7 @@ def summary(records: list[Record]) -> list[list[str]]:
 
 def table(records: list[Record]) -> rich.table.Table:
     """The same."""
-    header, *rows = summary(records)
-    drawn = rich.table.Table(title=f"{records[0]['config']['parameters']:,} parameters")
-    for column in header:
-        drawn.add_column(column, justify="left" if column == header[0] else "right")
-    for row in rows:
-        drawn.add_row(*row)
-    return drawn
+    return report.drawn(summary(records), title=f"{records[0]['config']['parameters']:,} parameters")
 
 
 def plot(records: list[Record], folder: str) -> list[pathlib.Path]:

@@ -15,6 +15,7 @@ from experiments.common import compressed
 from experiments.common import namespaces
 from experiments.common import plots
 from experiments.common import progress
+from experiments.common import report
 from experiments.common.flags import flag
 from experiments.common.records import Record
 from signopt._tools import timing
@@ -108,13 +109,9 @@ def summary(records: list[Record]) -> list[list[str]]:
 
 def table(records: list[Record]) -> rich.table.Table:
     """The same."""
-    header, *rows = summary(records)
-    drawn = rich.table.Table(title=f"{records[0]['config']['parameters']:,} parameters; medians of ratios of turns")
-    for column in header:
-        drawn.add_column(column, justify="left" if column == header[0] else "right")
-    for row in rows:
-        drawn.add_row(*row)
-    return drawn
+    return report.drawn(
+        summary(records), title=f"{records[0]['config']['parameters']:,} parameters; medians of ratios of turns"
+    )
 
 
 def plot(records: list[Record], folder: str) -> list[pathlib.Path]:

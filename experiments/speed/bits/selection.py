@@ -20,6 +20,7 @@ import rich.table
 
 from experiments.common import plots
 from experiments.common import progress
+from experiments.common import report
 from experiments.common.flags import flag
 from experiments.common.records import Record
 from signopt import codecs
@@ -111,13 +112,7 @@ def summary(records: list[Record]) -> list[list[str]]:
 
 def table(records: list[Record]) -> rich.table.Table:
     """The same."""
-    header, *rows = summary(records)
-    drawn = rich.table.Table(title="encoders on one device, 1 % of the entries; medians")
-    for column in header:
-        drawn.add_column(column, justify="left" if column == header[0] else "right")
-    for row in rows:
-        drawn.add_row(*row)
-    return drawn
+    return report.drawn(summary(records), title="encoders on one device, 1 % of the entries; medians")
 
 
 def plot(records: list[Record], folder: str) -> list[pathlib.Path]:
