@@ -155,8 +155,8 @@ def _run(one_worker: Callable, args: tuple, mesh: Mesh, names: tuple, in_specs: 
     except _DiffersError:
         raise ValueError(
             f"`in_jit(tx)` has to be given a chain with a border over axis_name={names!r}, and per-worker state left of "
-            "that, got one whose updates or shared state differ between workers. Make it with `num_workers=...`, or use "
-            "`signopt.workers.per_worker` in a chain of your own."
+            "that, got one whose updates or shared state differ between workers. Pass `axis_name=...` and `num_workers=...` to a "
+            "ready optimizer; in a chain of your own use a border such as `signopt.mean`, and `signopt.workers.per_worker`."
         ) from None
 
 
