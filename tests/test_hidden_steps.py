@@ -6,6 +6,7 @@ import re
 import sys
 import time
 import types
+from typing import Any
 
 import jax
 from jax import lax
@@ -16,6 +17,7 @@ import optax
 import pytest
 
 import signopt
+from signopt import local as local_steps
 from signopt import workers
 from signopt.workers import _hidden
 from signopt.workers import _reversed
@@ -31,11 +33,11 @@ PATIENCE = 300  # seconds
 RATE = optax.scale_by_learning_rate(2.0**-4)
 
 
-def local(outer, **kwargs):
-    return signopt.local_steps(signopt.signum(2.0**-4), outer, **({"every": 1, "delay": 1, "num_workers": M} | kwargs))
+def local(outer, every=1, delay=1, **kwargs):
+    return signopt.local_steps(signopt.signum(2.0**-4), outer, every=every, delay=delay, num_workers=M, **kwargs)
 
 
-def in_few_bits(axis_name="w"):
+def in_few_bits(axis_name: Any = "w"):
     signs = signopt.codecs.scaled_sign()
     return signopt.mean(axis_name, uplink=signs, downlink=signs, num_workers=M, server=signopt.scale_by_signum(0.9))
 
@@ -60,7 +62,7 @@ def params():
     return {"w": jnp.zeros((7, 5)), "b": jnp.ones(5)}
 
 
-def make_step(tx, axis_name="w", own=False):
+def make_step(tx, axis_name: Any = "w", own=False):
     """A step whose metrics are means over the workers, which travel while the optimizer's do; `own` ones do not."""
 
     def loss(params, batch):
@@ -68,7 +70,7 @@ def make_step(tx, axis_name="w", own=False):
 
     def step(state, batch):
         params, opt_state = state
-        is_local = isinstance(opt_state, signopt.local.LocalStepsState)
+        is_local = isinstance(opt_state, local_steps.LocalStepsState)
         here = signopt.local_params(opt_state, params) if is_local else params
         value, grads = workers.value_and_grad(loss, axis_name=axis_name)(here, batch)
         metrics = value if own else lax.pmean({"loss": value, "gradient": grads}, axis_name)
@@ -86,7 +88,7 @@ def mesh_of(devices, shape=(M,), names=("w",), axis_type=AxisType.Auto):
     return jax.make_mesh(shape, names, axis_types=(axis_type,) * len(names), devices=devices)
 
 
-def assert_alike(step, state, mesh, steps=12, axis_name="w", exact=True, **kwargs):
+def assert_alike(step, state, mesh, steps=12, axis_name: Any = "w", exact=True, **kwargs):
     """One program and two find the same states and metrics, in arrays that lie alike."""
     one, two = (workers.on_mesh(step, mesh, axis_name=axis_name, hidden=h, **kwargs) for h in (False, True))
     states = state, state
@@ -145,6 +147,7 @@ def test_what_needs_both_the_decision_and_the_batch_comes_last(devices):
     inner = make_step(tx, own=True)
 
     def step(state, batch):
+        new: Any
         (new, opt_state), value = inner(state, batch)
         moved = optax.tree.norm(optax.tree.sub(new, state[0]))
         together = lax.pmax(value, "w") * moved
@@ -307,7 +310,7 @@ def test_axes_beside_those_of_the_workers_are_refused(devices):
         workers.on_mesh(lambda state, batch: (state, None), mesh, axis_name="w", hidden=True)
 
 
-def mesh_of_others(platform, processes):
+def mesh_of_others(platform, processes) -> Any:
     """What `check` looks at, for machines that are not here."""
     found = [types.SimpleNamespace(platform=platform, process_index=i) for i in processes]
     return types.SimpleNamespace(axis_names=("w",), devices=np.array(found))

@@ -146,7 +146,7 @@ def _inlined(jaxpr, consts, args):
         if eqn.primitive.name in _BARRIERS:
             found = given
         elif eqn.primitive.name in _CALLS:
-            found = _inlined(*_shared.called_by(eqn), given)
+            found = _inlined(*_shared.opened(eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))), given)
         else:
             found = _shared.bind(eqn, given)
         values |= zip(eqn.outvars, found, strict=True)

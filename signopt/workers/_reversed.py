@@ -39,7 +39,8 @@ def of(mesh: Mesh) -> Mesh:
 
 def moved(x: jax.Array, mesh: Mesh, spec: PartitionSpec) -> jax.Array:
     """What each device holds, without a copy, as an array on a mesh in one order or the other."""
-    if x.sharding.mesh == mesh:
+    lies: Any = x.sharding
+    if lies.mesh == mesh:
         return x
     pieces = [shard.data for shard in x.addressable_shards]
     return jax.make_array_from_single_device_arrays(x.shape, NamedSharding(mesh, spec), pieces)
@@ -88,7 +89,7 @@ def _axes(eqn):
 
 
 def _evaluate(branch, *args):
-    jaxpr, consts = getattr(branch, "jaxpr", branch), getattr(branch, "consts", ())
+    jaxpr, consts = _shared.opened(branch)
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
     for eqn in jaxpr.eqns:
         values |= zip(eqn.outvars, bind(eqn, [_shared.read(values, v) for v in eqn.invars]), strict=True)

@@ -140,7 +140,12 @@ def called_by(eqn):
     if eqn.primitive.name not in _CALLS:
         return None
     found = next(eqn.params[name] for name in ("jaxpr", "call_jaxpr", "fun_jaxpr") if name in eqn.params)
-    return (found, []) if isinstance(found, Jaxpr) else (found.jaxpr, found.consts)
+    return opened(found)
+
+
+def opened(program: Any) -> tuple[Jaxpr, list[Any]]:
+    """A program and the constants that it holds: in jax 0.12 any program may hold some, before only a closed one."""
+    return getattr(program, "jaxpr", program), getattr(program, "consts", [])
 
 
 def _names_axes(eqn):
