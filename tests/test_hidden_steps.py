@@ -178,6 +178,17 @@ def test_calls_constants_keys_and_printing_are_cut_as_well(devices, capfd):
     assert capfd.readouterr().out.count("loss") == 2 * M
 
 
+def test_a_step_without_a_batch_of_its_own_has_nothing_to_compute(devices):
+    """What a worker sends is in its state; there is nothing to report."""
+
+    def step(state, batch):
+        shared, own = state
+        return (shared + lax.pmean(own.per_worker[0], "w"), own), None
+
+    state = jnp.zeros(3), workers.PerWorkerState(jnp.arange(3.0 * M).reshape(M, 3), jnp.arange(M))
+    assert_alike(step, state, mesh_of(devices), steps=2)
+
+
 def test_another_batch_size_is_cut_anew(devices):
     tx = OPTIMIZERS["one_bit"]()
     run = workers.on_mesh(make_step(tx), mesh_of(devices), axis_name="w", hidden=True)

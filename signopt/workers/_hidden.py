@@ -236,7 +236,7 @@ def _cut(jaxpr: Jaxpr, of_batch: set, results: Sequence[Place], mesh: Mesh, chec
     found["exchange"] = equations("exchange", lambda late, batch: not batch, lambda late, batch: late and not batch)
     found["compute"] = equations("compute", lambda late, batch: not late, lambda late, batch: not late)
     order = ("exchange", "compute", "finish")  # each knows how those before it write
-    return {name: (found[name], writes[name]) for name in order if found[name] or writes[name]}
+    return {name: (found[name], writes[name]) for name in order if name != "finish" or found[name] or writes[name]}
 
 
 def _needed(eqns, writes):
