@@ -155,8 +155,8 @@ def test_variants_vote_nearly_as_sign_muon_does(gradients):
         both = (x != 0) & (y != 0)
         agree = np.mean(x[both] == y[both])
         assert agree > 0.7, (name, agree)
-        same = name == "signum_groups" and np.array_equal(one["head"], found["head"])
-        assert same or not np.array_equal(one["blocks"]["up"], found["blocks"]["up"]), name
+        if not name.endswith("_groups"):
+            assert not np.array_equal(one["blocks"]["up"], found["blocks"]["up"]), name
 
 
 def test_embeddings_of_a_group_move_further(gradients):

@@ -1,7 +1,7 @@
 """Methods: every optimizer that the experiment `language` can train a byte transformer with.
 
 Those of `FIRST` are the ones to compare. `IN_FEW_BITS` send compressed means; `VARIANTS` are SignMuon with one thing
-changed, to see whether it earns its place; `signum_groups` moves embeddings faster, as AdamW does here.
+changed, to see whether it earns its place. Those whose names end in `_groups` move embeddings faster, as AdamW does here.
 """
 
 from collections.abc import Callable
@@ -114,13 +114,8 @@ def _signum(schedule, config):
     return signopt.signum(schedule, 0.95, **_voting(config))
 
 
-def _signum_groups(schedule, config):
-    return optax.chain(_signum(schedule, config), embeddings_faster())
-
-
-def _onebit_adam(schedule, config):
-    adam = _ready(signopt.onebit_adam, b2=0.95)(schedule, config)
-    return optax.chain(adam, embeddings_faster())
+def _groups(make):
+    return lambda schedule, config: optax.chain(make(schedule, config), embeddings_faster())
 
 
 def _sign_muon(schedule, config, dims=texts.matrices):
@@ -241,7 +236,7 @@ FIRST = {
     "sign_muon": Method(_sign_muon, 4e-3),
 }
 IN_FEW_BITS = {
-    "onebit_adam": Method(_onebit_adam, 8e-3, "float32", settled=_scaled_signs),
+    "onebit_adam": Method(_groups(_ready(signopt.onebit_adam, b2=0.95)), 8e-3, "float32", settled=_scaled_signs),
     "ef_signum": Method(_ready(signopt.ef_signum, beta=0.95), 1e-3, "scaled_sign"),
     "ef_signsgd": Method(_ready(signopt.ef_signsgd), 0.2, "scaled_sign"),
     "sgd_signs": Method(_behind_signs(_sgd), 0.5, "scaled_sign"),
@@ -250,7 +245,9 @@ IN_FEW_BITS = {
     "muon_signs": Method(_behind_signs(_muon), 1.6e-2, "scaled_sign"),
 }
 VARIANTS = {
-    "signum_groups": Method(_signum_groups, 1e-3),
+    "signum_groups": Method(_groups(_signum), 1e-3),
+    "muon_groups": Method(_groups(_behind_a_mean(_muon)), 3.2e-2, "float32"),
+    "sign_muon_groups": Method(_groups(_sign_muon), 4e-3),
     "ternary": Method(
         _sign_muon_with(cast=signopt.scale_by_sign(threshold=0.5), border=_two_bit_vote), 4e-3, "two_bit"
     ),
