@@ -1,6 +1,7 @@
 """The language experiment: its text, its model, its rule for learning rates, and its figures."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -163,6 +164,14 @@ def test_embeddings_of_a_group_move_further(gradients):
     plain, groups = (stepped(name, gradients)[0] for name in ("signum", "signum_groups"))
     np.testing.assert_array_equal(groups["embed"], methods.EMBEDDINGS * plain["embed"])
     np.testing.assert_array_equal(groups["head"], plain["head"])
+
+
+def test_adamw_of_two_means_is_adamw_if_both_are_exact(gradients, monkeypatch):
+    exact = functools.partial(methods._adamw_of_two_means, first="exact", second="exact")
+    monkeypatch.setitem(methods.METHODS, "exact", methods.Method(exact, 1.0))
+    one, other, first = (stepped(name, gradients)[0] for name in ("adamw", "exact", "adamw_signs_first"))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), one, other)
+    assert not np.allclose(one["head"], first["head"], atol=0.1)
 
 
 def test_bytes_of_onebit_adam_are_floats_until_it_settles_and_signs_from_then_on(gradients):

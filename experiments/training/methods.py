@@ -6,6 +6,7 @@ changed, to see whether it earns its place. Those whose names end in `_groups` m
 
 from collections.abc import Callable
 import dataclasses
+from functools import partial
 from typing import Any, Protocol
 
 import jax
@@ -97,6 +98,28 @@ def _scaled_signs(config, *, both=True, block: int | None = BLOCK):
     return signopt.mean(AXIS, uplink=signs, downlink=down, memory=memory, num_workers=config.workers)
 
 
+def _adamw_of_two_means(schedule, config, *, first, second):
+    """AdamW whose moments are those of two means: of scaled signs, or exact. To learn which one scaled signs spoil."""
+    adam, clip = optax.scale_by_adam(b2=0.95), optax.clip_by_global_norm(CLIP)
+    means = {"signs": _scaled_signs(config), "exact": signopt.mean(AXIS)}
+
+    def init_fn(params):
+        return {name: tx.init(params) for name, tx in means.items()}, adam.init(params), adam.init(params)
+
+    def update_fn(updates, state, params=None):
+        borders, *adams = state
+        found = {name: tx.update(updates, borders[name], params) for name, tx in means.items()}
+        clipped = {name: clip.update(mean, optax.EmptyState())[0] for name, (mean, _) in found.items()}
+        mu, nu = (adam.update(clipped[name], old)[1] for name, old in zip((first, second), adams, strict=True))
+        mu_hat = optax.tree.bias_correction(mu.mu, 0.9, mu.count)
+        nu_hat = optax.tree.bias_correction(nu.nu, 0.95, nu.count)
+        step = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + 1e-8), mu_hat, nu_hat)
+        return step, ({name: border for name, (_, border) in found.items()}, mu, nu)
+
+    both = optax.GradientTransformation(init_fn, update_fn)
+    return optax.chain(both, optax.scale_by_learning_rate(schedule), embeddings_faster())
+
+
 def _voting(config):
     return {"axis_name": AXIS, "num_workers": config.workers, "wire": config.wire}
 
@@ -110,8 +133,8 @@ def _ready(optimizer, **kwargs):
     return made
 
 
-def _signum(schedule, config):
-    return signopt.signum(schedule, 0.95, **_voting(config))
+def _signum(schedule, config, beta=0.95):
+    return signopt.signum(schedule, beta, **_voting(config))
 
 
 def _groups(make):
@@ -242,10 +265,12 @@ IN_FEW_BITS = {
     "sgd_signs": Method(_behind_signs(_sgd), 0.5, "scaled_sign"),
     "adamw_signs": Method(_behind_signs(_adamw), 4e-3, "scaled_sign"),
     "adamw_signs_up": Method(_behind_signs(_adamw, both=False), 4e-3, "float32"),
+    "adamw_signs_first": Method(partial(_adamw_of_two_means, first="signs", second="exact"), 4e-3, "float32"),
+    "adamw_signs_second": Method(partial(_adamw_of_two_means, first="exact", second="signs"), 4e-3, "float32"),
     "muon_signs": Method(_behind_signs(_muon), 1.6e-2, "scaled_sign"),
 }
 VARIANTS = {
-    "signum_groups": Method(_groups(_signum), 1e-3),
+    "signum_groups": Method(_groups(partial(_signum, beta=0.9)), 2e-3),
     "muon_groups": Method(_groups(_behind_a_mean(_muon)), 3.2e-2, "float32"),
     "sign_muon_groups": Method(_groups(_sign_muon), 4e-3),
     "ternary": Method(
