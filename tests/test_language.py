@@ -161,7 +161,7 @@ def test_variants_vote_nearly_as_sign_muon_does(gradients):
 
 
 def test_embeddings_of_a_group_move_further(gradients):
-    plain, groups = (stepped(name, gradients)[0] for name in ("signum", "signum_groups"))
+    plain, groups = (stepped(name, gradients)[0] for name in ("sign_muon", "sign_muon_groups"))
     np.testing.assert_array_equal(groups["embed"], methods.EMBEDDINGS * plain["embed"])
     np.testing.assert_array_equal(groups["head"], plain["head"])
 
