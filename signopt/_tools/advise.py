@@ -15,6 +15,7 @@ names: try it on your own.
 import argparse
 from collections.abc import Iterator, Sequence
 import os
+import sys
 from typing import Any
 
 import jax
@@ -87,6 +88,10 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def _join():
     if jax.distributed.is_initialized():
         return
+    # Gloo prints to the file of stdout, which is for what is found.
+    sys.stdout.flush()
+    sys.stdout = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     os.environ.setdefault("NPROC", "16")
     count, index = (os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
     try:
