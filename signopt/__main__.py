@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import json
 import sys
 
+import jax
+
 from signopt._tools import advise
 from signopt._tools import geometry
 from signopt._tools import headroom
@@ -49,6 +51,8 @@ def main(words: Sequence[str]) -> None:
         found = list(tool.measure(options))
     except UsageError as error:
         sys.exit(f"error: {error}")
+    if jax.process_index() > 0:  # the first of many processes speaks for all
+        return
     print("\n".join(map(json.dumps, found)) if options.json else tool.report(found))
 
 

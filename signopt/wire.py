@@ -2,7 +2,7 @@
 
 from fractions import Fraction
 import math
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 from jax.sharding import AbstractMesh
@@ -59,10 +59,35 @@ def bytes_sent(
     _check.count(num_workers, "bytes_sent", "num_workers")
     if isinstance(border, str):
         _check.choice(border, ("one_bit", "two_bit", "psum", "mean"), "bytes_sent", "border")
-        tx = mean(axis_name) if border == "mean" else majority_vote(axis_name, wire=cast(Wire, border))
-    else:
-        tx = border
-    tx = optax.with_extra_args_support(tx)
+        border = mean(axis_name) if border == "mean" else majority_vote(axis_name, wire=cast(Wire, border))
+    found = messages(tree, num_workers, border, axis_name=axis_name)
+    return math.ceil(sum(message.sent(num_workers) for message in found))
+
+
+class Message(NamedTuple):
+    """A collective of a program.
+
+    Attributes:
+      kind: What JAX calls it: the start of its primitive's name, a key of `SHARES`.
+      bytes: Of this worker's operand.
+    """
+
+    kind: str
+    bytes: int
+
+    def sent(self, num_workers: int) -> Fraction:
+        """What of it travels, in bytes."""
+        return self.bytes * SHARES[self.kind](num_workers)
+
+
+def messages(
+    tree: Any, num_workers: int, border: optax.GradientTransformation, *, axis_name: _axis.AxisName = _AXIS
+) -> list[Message]:
+    """The collectives of one step, an entry for each array that one of them is given; arguments as in `bytes_sent`.
+
+    Of the branches of a `lax.cond` it is those that send the most.
+    """
+    tx = optax.with_extra_args_support(border)
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(_float.shape(x), jax.numpy.result_type(x)), tree)
     state = jax.eval_shape(tx.init, like)
     names: Any = _axis.names(axis_name)
@@ -77,27 +102,26 @@ def bytes_sent(
         if "is bound" in str(error):
             error.add_note(f"`bytes_sent(axis_name=...)` has to be the axis of what is given to it, got {axis_name!r}.")
         raise
-    return math.ceil(_sent(program.jaxpr, num_workers))
+    return _messages(program.jaxpr, num_workers)
 
 
-def _sent(jaxpr: Any, num_workers: int) -> Fraction:
-    """The bytes that the collectives of a program send, those of the programs in it included."""
-    total = Fraction(0)
+def _messages(jaxpr, num_workers) -> list[Message]:
+    found = []
     for equation in jaxpr.eqns:
         name = equation.primitive.name
-        size = sum(x.aval.size * x.aval.dtype.itemsize for x in equation.invars if hasattr(x.aval, "dtype"))
-        for start, share in _SHARES.items():
-            if name.startswith(start):
-                total += size * share(num_workers)
-        inner = [_sent(program, num_workers) for program in _programs(equation.params)]
-        if inner:
-            total += max(inner) if name == "cond" else sum(inner) * equation.params.get("length", 1)
-    return total
+        operands = [x.aval for x in equation.invars if hasattr(x.aval, "dtype")]
+        kinds = [kind for kind in SHARES if name.startswith(kind)]
+        found += [Message(kind, x.size * x.dtype.itemsize) for kind in kinds for x in operands]
+        inner = [_messages(program, num_workers) for program in _programs(equation.params)]
+        if name == "cond":
+            inner = [max(inner, key=lambda branch: sum(message.sent(num_workers) for message in branch))]
+        found += [message for program in inner for message in program] * equation.params.get("length", 1)
+    return found
 
 
 # What each worker sends of an operand, by the start of the primitive's name: they have variants, and names differ with
 # versions of JAX.
-_SHARES = {
+SHARES = {
     "all_to_all": lambda workers: Fraction(workers - 1, workers),
     "reduce_scatter": lambda workers: Fraction(workers - 1, workers),
     "all_gather": lambda workers: Fraction(workers - 1),

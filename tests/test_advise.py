@@ -20,6 +20,7 @@ from signopt._tools import exchanges
 from signopt._tools import gradients
 from signopt._tools import links
 from signopt._tools import problem as problems
+from signopt._tools import work
 
 ROOT = pathlib.Path(signopt.__file__).parents[1]
 
@@ -46,8 +47,8 @@ def test_the_lines_to_paste_run_and_send_what_the_table_says(choice, problem):
     namespace = {}
     exec(compile(code, choice.name, "exec"), namespace)
     optimizer = optax.with_extra_args_support(namespace["optimizer"])
-    is_local = choice.every > 1 or choice.delay
-    assert (choices.WHERE in code) == bool(is_local)
+    is_local = choice.is_local
+    assert (choices.WHERE in code) == is_local
 
     def step(state, batch):
         params, opt_state = state
@@ -61,13 +62,20 @@ def test_the_lines_to_paste_run_and_send_what_the_table_says(choice, problem):
     after, values = jax.eval_shape(run, state, jax.tree.map(lambda x: x[:workers], problem.batches))
     assert values.shape == (workers,)
     assert jax.tree.map(jnp.shape, after[0]) == jax.tree.map(jnp.shape, problem.params)
-    # On a tree where padding counts for little.
+    # What the table is made of is this program, or one that sends the same in the long run.
     params = {"w": jnp.zeros((4096, 16))}
-    sent = 8 * signopt.wire.bytes_sent(params, workers, optimizer, axis_name=choices.AXIS) / 2**16
-    sent *= choice.fragments / choice.every
-    if choice.name.startswith("1-bit Adam"):  # a look at the variance is the most that a step sends
-        return
-    assert advise.bits(params, workers, choice) == pytest.approx(sent, rel=0.07)
+    messages = signopt.wire.messages(params, workers, choices.settled(choice, workers), axis_name=choices.AXIS)
+    sent = sum(message.sent(workers) for message in messages)
+    whole = signopt.wire.bytes_sent(params, workers, optimizer, axis_name=choices.AXIS)
+    assert sent < whole / 20 if choice.then else np.ceil(float(sent)) == whole
+
+
+def test_1_bit_adam_is_timed_as_it_is_after_its_warm_up():
+    (choice,) = (choice for choice in choices.CHOICES if choice.then)
+    params = {"w": jnp.zeros((4096, 16))}
+    codec = signopt.codecs.scaled_sign(block=256)
+    border = signopt.mean(choices.AXIS, uplink=codec, downlink=codec, num_workers=4)
+    assert signopt.wire.messages(params, 4, choices.settled(choice, 4)) == signopt.wire.messages(params, 4, border)
 
 
 @pytest.mark.slow
@@ -81,7 +89,7 @@ def test_the_lines_to_paste_train(choice, problem):
 
     def step(state, batch):
         params, opt_state = state
-        place = signopt.local_params(opt_state, params) if choice.every > 1 or choice.delay else params
+        place = signopt.local_params(opt_state, params) if choice.is_local else params
         value, grads = signopt.workers.value_and_grad(problem.loss, axis_name=choices.AXIS)(place, batch[0])
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return (optax.apply_updates(params, updates), opt_state), value
@@ -142,28 +150,76 @@ def test_not_to_compress_comes_first_unless_something_is_faster():
 # ---- what is measured ------------------------------------------------------------------------------------------------
 
 
-def test_links_are_fitted_to_what_a_small_and_a_large_message_take(devices, monkeypatch):
-    monkeypatch.setattr(links, "SMALL", 2**10)
-    mesh = jax.make_mesh((4,), (links.AXIS,), axis_types=(jax.sharding.AxisType.Auto,), devices=devices[:4])
-    sizes = iter(2 * [2**10, 2**13, 2**16, 2**19])
-
-    def taken(program):
-        program()  # it runs
-        return 3e-4 + 8 * (1.5 * next(sizes)) / 1e7  # 2 (M - 1)/M of the bytes at 10 Mbit/s
-
-    monkeypatch.setattr(links, "median_seconds", taken)
-    found = links.measured(mesh)
-    assert [cluster.bits_per_second for cluster in found] == pytest.approx([1e7, 1e7])
-    assert [cluster.latency_seconds for cluster in found] == pytest.approx([3e-4 / 4, 3e-4 / 3])  # messages in turn
-    assert found.of("float32") is found.sums and found.of("one_bit") is found.of("sized") is found.deals
-    cluster, nothing = found.sums, exchanges.Rates(0, 0, 0, 0)
-    assert exchanges.exchange_seconds(2**14, "float32", cluster, nothing) == pytest.approx(3e-4 + 12 * 2**16 / 1e7)
+def mesh_of(devices):
+    axes = (jax.sharding.AxisType.Auto,)
+    return jax.make_mesh((len(devices),), (links.AXIS,), axis_types=axes, devices=devices)
 
 
-def test_rates_are_ours_times_one_number():
-    found, ours = links.rates(), exchanges.Rates()
-    assert found.pack > 0 and found.add == 0
-    assert found.top_k / found.pack == pytest.approx(ours.top_k / ours.pack)
+def test_an_exchange_is_what_it_adds_to_gradients(devices, monkeypatch):
+    taken, asked = {(): 2.0, ("psum",): 2.5, ("all_to_all", "all_gather"): 2.25}, []
+    program = links._program
+
+    def remembered(mesh, messages):
+        asked.append(tuple(message.kind for message in messages))
+        return program(mesh, messages)
+
+    def timed(run):
+        jax.block_until_ready(run())  # it runs
+        return taken[asked[-1]]
+
+    monkeypatch.setattr(links, "_program", remembered)
+    monkeypatch.setattr(links, "seconds_of", timed)
+    dense = (signopt.wire.Message("psum", 4000),)
+    vote = (signopt.wire.Message("all_to_all", 1001), signopt.wire.Message("all_gather", 251))
+    gradients = []
+    found = links.measured(mesh_of(devices[:4]), [dense, vote, dense], lambda: gradients.append(1))
+    assert found == pytest.approx([0.5, 0.25, 0.5])
+    assert len(asked) == len(gradients) == 3  # what occurs twice is timed once
+
+
+def test_the_program_of_an_exchange_sends_what_the_messages_say(devices):
+    messages = (
+        signopt.wire.Message("psum", 4000),
+        signopt.wire.Message("all_to_all", 1024),
+        signopt.wire.Message("all_gather", 256),
+    )
+    program = jax.make_jaxpr(links._program(mesh_of(devices[:4]), messages))().jaxpr
+    found = signopt.wire._messages(program, 4)
+    assert [(m.kind, m.bytes) for m in found] == [(m.kind, m.bytes) for m in messages]
+
+
+def test_a_link_of_which_somebody_has_said_how_fast_it_is():
+    cluster = exchanges.Cluster(4, 8e6, latency_seconds=1e-3, message_seconds=0.0)
+    params = {"w": jax.ShapeDtypeStruct((80_000,), "float32")}
+    for wire in ("mean", "one_bit"):
+        border = signopt.mean("worker") if wire == "mean" else signopt.majority_vote("worker", wire="one_bit")
+        messages = tuple(signopt.wire.messages(params, 4, border))
+        name = {"mean": "float32"}.get(wire, wire)
+        by_the_model = exchanges.exchange_seconds(80_000, name, cluster, exchanges.Rates(0, 0, 0, 0))
+        assert links.given(cluster, messages) == pytest.approx(by_the_model, rel=1e-3)
+
+
+def test_outliers_do_not_count():
+    assert links.typical([1.0, 1.0, 1.0, 3.0, 3.0, 3.0, 99.0, 0.0]) == 2.0
+
+
+def test_each_choice_is_timed_with_its_own_work(problem):
+    slow = {"w": jnp.ones((600, 300)), "b": jnp.zeros(3)}
+    batches = jnp.ones((4, 2, 600))
+    own = problems.of((slow, lambda params, x: jnp.sum((x @ params["w"]) ** 2), batches))
+    devices = jax.local_devices()[:2]
+    found = work.seconds(own, devices, work.gradient(own, devices), 3)
+    of = {named(choice): seconds for choice, seconds in zip(choices.CHOICES, found.updates, strict=True)}
+    # Five rounds of matrix products in every step, with an exchange or without.
+    assert min(of["sign_muon, one-bit vote/1/1/0"], of["Muon, mean/16/1/0"]) > 2 * of["signum, one-bit vote/1/1/0"]
+    assert found.gradient > 0
+
+
+def test_a_step_is_the_sum_of_its_parts_and_a_round_has_few_exchanges():
+    of = {named(choice): choice for choice in choices.CHOICES}
+    assert advise.step_seconds(of["signum, one-bit vote/1/1/0"], 1.0, 2.0, 4.0) == 7.0
+    assert advise.step_seconds(of["Muon, vote x size/16/1/0"], 1.0, 2.0, 4.0) == 3.25
+    assert advise.step_seconds(of["Muon, vote x size/16/16/1"], 1.0, 2.0, 4.0) == 7.0  # nothing overlaps on CPUs
 
 
 def test_workers_whose_data_differ_are_told_from_those_whose_data_are_alike():
@@ -210,16 +266,20 @@ def test_the_command_ranks_choices_for_a_users_loss(monkeypatch, tmp_path, capsy
     words = ["advise", "--loss", "their_loss:problem", "--workers", "4", "--megabits", "1e-3", "--rounds", "1"]
     command.main([*words, "--json"])
     network, look, *rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert network["workers"] == 4 and network["sums"]["bits_per_second"] == 1e3 and not network["measured"]
+    assert network["workers"] == 4 and network["bits_per_second"] == 1e3 and not network["measured"]
     assert look["alike"] and len(rows) == len(choices.CHOICES)
-    assert all(r["seconds"] >= r["compute_seconds"] > 0 for r in rows)
+    assert all(r["seconds"] >= r["gradient_seconds"] + r["update_seconds"] > 0 for r in rows)
     # At a kbit/s what counts is bits; and every row costs what its basis says.
     cheap = [r["seconds"] for r in rows if r["percent"] is not None and r["percent"] <= 2]
     assert cheap == sorted(cheap) and not rows[0]["name"].startswith(choices.NOTHING)
     said = advise.report([network, look, *rows])
-    assert "Network, as you say: 1 kbit/s, latency 50 us." in said
+    assert "Network, as you say: 1 kbit/s." in said
     assert "their data are alike." in said and f"    {rows[0]['code'].splitlines()[-1]}" in said
     assert choices.NOTHING in said
+    third = advise.report([network | {"rank": 3}, look, *rows])
+    assert f"    {rows[2]['code'].splitlines()[-1]}" in third and f"\n{rows[2]['name']}, " in third
+    with pytest.raises(SystemExit, match=r"error: `--rank` has to be at most 14, got 15\."):
+        command.main([*words, "--rank", "15"])
 
 
 def test_many_processes_have_one_network(monkeypatch):

@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import tomllib
 
 import nbclient
 import nbformat
@@ -47,7 +48,10 @@ def test_the_notebook_runs_on_one_device(path, monkeypatch):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_the_notebook_opens_in_colab_and_keeps_its_outputs(path):
     notebook = nbformat.read(path, as_version=4)
-    assert "colab.research.google.com" in notebook.cells[0].source
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    where = pyproject["project"]["urls"]["Repository"].removeprefix("https://github.com/")
+    address = f"https://colab.research.google.com/github/{where}/blob/main/notebooks/{path.name}"
+    assert f"[Open in Colab]({address})" in notebook.cells[0].source
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert any(cell.outputs for cell in code)
     assert not any(output.output_type == "error" for cell in code for output in cell.outputs)

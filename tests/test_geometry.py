@@ -39,7 +39,8 @@ def test_a_loss_is_measured_along_the_path_of_sgd():
     assert found[-1]["loss"] < first["loss"]  # it was trained in between
     lines = geometry.report(found).splitlines()
     assert lines[1].split() == ["0", "7", "0.645", "0.250", "0.645", "1.25", "0.39", "100.0%", "II"]
-    assert lines[-1].startswith("At step 2: Regime II: signs suit this")
+    assert lines[-1].startswith("At step 2, the look in the middle: where training begins")
+    assert "not typical. Regime II: signs suit this" in lines[-1]
     # The experiment shows the same.
     records = json.loads(json.dumps([{"config": {"threshold": 3.0, "model": "mlp"}}, *found]))
     assert experiment.table(records).row_count == 3

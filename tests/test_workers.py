@@ -209,8 +209,9 @@ def test_shared_state_that_differs_between_workers_is_refused(runner):
     step = lambda state, batch: ({"same": state["same"], "statistics": batch.mean()}, None)
     sentence = (
         f"`{runner.name}(step)` has to return shared state that is the same on every worker, got a different one on each "
-        "at `state['statistics']`. Vote or average before what changes it (statistics: `jax.lax.pmean`), or keep it per "
-        "worker: `num_workers=...` in a ready optimizer, `signopt.workers.per_worker` in a chain of your own."
+        "at `state['statistics']`. Vote or average before what changes it (`axis_name=...` in a ready optimizer, "
+        "`jax.lax.pmean` of statistics), or keep it per worker (`num_workers=...` in a ready optimizer, "
+        "`signopt.workers.per_worker` in a chain of your own)."
     )
     with pytest.raises(ValueError, match=re.escape(sentence)):
         runner(step)({"same": jnp.zeros(2), "statistics": jnp.float32(0.0)}, np.ones(M, np.float32))

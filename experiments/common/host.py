@@ -10,6 +10,7 @@ from collections.abc import Callable
 import dataclasses
 import functools
 import json
+import math
 import os
 import sys
 import time
@@ -24,9 +25,11 @@ import optax
 
 from experiments.common import compressed
 from experiments.common import data
+from experiments.common import losses
 from experiments.common import models
 from experiments.common import namespaces
 from experiments.common import optimizers
+from experiments.common import pasted
 from experiments.common import swaps
 from experiments.common import text as texts
 from experiments.common import ways
@@ -35,9 +38,18 @@ from signopt import _bits
 from signopt import _flat
 from signopt import border
 from signopt import vote
+from signopt import wire
+from signopt._tools import advise as advice
+from signopt._tools import choices
+from signopt._tools import exchanges
+from signopt._tools import gradients
 from signopt._tools import links
+from signopt._tools import problem as problems
+from signopt._tools import work
 
 AXIS = optimizers.AXIS
+PAUSE = 0.01  # seconds between two exchanges
+ROUNDS = 7  # of `advise`, its default
 STEP = 1e-3  # by which a vote moves the values of the next one
 
 
@@ -329,12 +341,125 @@ def train(
 
 
 def link() -> dict[str, Any]:
-    """What joins the hosts, and how fast one of them packs, as `python -m signopt advise` measures it."""
-    own = jax.make_mesh((jax.device_count(),), (links.AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
-    found = links.measured(own)
-    return {name: cluster._asdict() for name, cluster in found._asdict().items()} | {
-        "rates": dataclasses.asdict(links.rates())
+    """What joins the hosts, as two numbers for each collective, and how fast one of them packs."""
+    count, (small, large) = jax.device_count(), (2**12, 2**21)
+    own = jax.make_mesh((count,), (links.AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
+    sums = [(wire.Message("psum", size),) for size in (small, large)]
+    deals = [(wire.Message("all_to_all", size), wire.Message("all_gather", size // count)) for size in (small, large)]
+    seconds = links.measured(own, [*sums, *deals], lambda: time.sleep(PAUSE))
+    rounds = math.ceil(math.log2(count))
+
+    def fitted(begin, end, messages):
+        speed = 16 * (count - 1) / count * (large - small) / max(end - begin, 1e-9)
+        return exchanges.Cluster(count, speed, begin / messages, 0.0)._asdict()
+
+    return {
+        "sums": fitted(*seconds[:2], 2 * rounds),
+        "deals": fitted(*seconds[2:], 1 + rounds),
+        "rates": dataclasses.asdict(_rates()),
     }
+
+
+def _rates():
+    """The model's rates, as many times slower as a one-bit vote is here while all hosts hold one, each for itself."""
+    size, model = 2**20, exchanges.Rates()
+    tx = signopt.majority_vote(AXIS, wire="one_bit")
+
+    def step(state, batch):
+        params, opt_state = state
+        updates, opt_state = tx.update(batch[0], opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), None
+
+    run = jax.jit(signopt.workers.simulate(step, 1, axis_name=AXIS), donate_argnums=0)
+    held = [(jnp.zeros(size), tx.init(jnp.zeros(size)))]
+
+    def once():
+        held[0], _ = run(held[0], jnp.ones((1, size)))
+        return held[0]
+
+    slower = links.seconds_of(once) / exchanges.work_seconds(size, 1, "one_bit", model)
+    # What a reduction adds is in the bandwidth of sums.
+    return dataclasses.replace(model.times(slower), add=0.0)
+
+
+@functools.cache
+def _problem(loss):
+    """A loss, its gradient, what it takes here to compute and to agree without a network, and whether data are alike."""
+    problem, devices = problems.of(losses.OF[loss]()), jax.local_devices()
+    gradient = work.gradient(problem, devices)
+    found = work.seconds(problem, devices, gradient, ROUNDS)
+    return problem, gradient, found, gradients.look(problem, jax.device_count()).alike
+
+
+def advise(loss: str) -> dict[str, Any]:
+    """What `python -m signopt advise --distributed` measures and ranks on all hosts.
+
+    Args:
+      loss: The name of one of `losses.OF`.
+
+    Returns:
+      A row for each choice, the best first, with its rank and its index in `choices.CHOICES`.
+    """
+    problem, gradient, seconds, alike = _problem(loss)
+    count = jax.device_count()
+    own = jax.make_mesh((count,), (links.AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
+    sent = advice.messages(problem, count)
+    rows = advice.predicted(problem, count, sent, links.measured(own, sent, gradient), seconds, alike=alike)
+    rows = advice.ranked([row | {"kind": "advice", "index": i} for i, row in enumerate(rows)], tolerance=2.0)
+    return {"rows": [row | {"rank": rank} for rank, row in enumerate(rows, 1)]}
+
+
+@functools.cache
+def _choice(loss, index):
+    """A function of nothing that makes a step as the lines to paste do, compiled."""
+    problem, choice = problems.of(losses.OF[loss]()), choices.CHOICES[index]
+    optimizer = optax.with_extra_args_support(pasted.optimizer(choice, jax.device_count(), 1e-4))
+    axis = choices.AXIS
+    own = jax.make_mesh((jax.device_count(),), (axis,), axis_types=(jax.sharding.AxisType.Auto,))
+    value_and_grad = signopt.workers.value_and_grad(problem.loss, axis_name=axis)
+
+    def step(state, batch):
+        params, opt_state = state
+        place = signopt.local_params(opt_state, params) if choice.is_local else params
+        value, gradient = value_and_grad(place, jax.tree.map(lambda x: x[0], batch))
+        updates, opt_state = optimizer.update(gradient, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), value
+
+    run = signopt.workers.on_mesh(step, own, axis_name=axis, donate=True, check_vma=False)
+    held = [(problem.params, optimizer.init(problem.params))]
+    mine = jax.process_index() % problem.count
+    rows = jax.tree.map(lambda x: np.asarray(x[mine : mine + 1]), problem.batches)
+    split = jax.sharding.NamedSharding(own, jax.P(axis))
+    batch = jax.tree.map(lambda x: jax.make_array_from_process_local_data(split, x), rows)
+
+    def one():
+        held[0], _ = run(held[0], batch)
+        return held[0]
+
+    for _ in range(pasted.SETTLED if choice.then else 1):
+        jax.block_until_ready(one())
+    return one
+
+
+def choice(loss: str, index: int, count: int) -> dict[str, Any]:
+    """Make steps of one of `advise`'s choices back to back.
+
+    Args:
+      loss: The name of one of `losses.OF`.
+      index: Of `choices.CHOICES`.
+      count: How many steps; 0 only compiles.
+
+    Returns:
+      The seconds of one on this host.
+    """
+    meet()
+    one = _choice(loss, index)
+    meet()
+    begin, last = time.perf_counter(), None
+    for _ in range(count):
+        last = one()
+    jax.block_until_ready(last)
+    return {"seconds": (time.perf_counter() - begin) / max(count, 1)}
 
 
 @functools.cache
@@ -399,7 +524,16 @@ def steps(way: str, width: int, layers: int, tokens: int, count: int) -> dict[st
     return {"seconds": seconds / max(count, 1), "parameters": size} | _traffic(before, max(count, 1))
 
 
-ORDERS = {"votes": votes, "agree": agree, "late": late, "train": train, "link": link, "steps": steps}
+ORDERS = {
+    "votes": votes,
+    "agree": agree,
+    "late": late,
+    "train": train,
+    "link": link,
+    "steps": steps,
+    "advise": advise,
+    "choice": choice,
+}
 
 
 def main(coordinator: str, hosts: int, index: int) -> None:

@@ -1,10 +1,11 @@
 """What should my workers send, how often, and when? A ranked table for your loss, workers and network, and lines to paste.
 
-Your step is timed with nothing exchanged, for each optimizer in question. The network is as you say, or is measured between the
-devices of all processes. Gradients of your own batches say how dense they are, how far workers agree, and whether their data
-differ: mini-batch i is worker i mod N's; of many processes each has those that it loads. A model adds up computation and
-exchange. What a choice costs in accuracy is what it cost in this project's experiments, which the last column names: try
-it on your own.
+Your gradient is timed, and what each choice does with it on your own tree, on all devices at once and with nobody to exchange
+with. The network is as you say, or the collectives of each choice's program are timed between the devices of all processes. A step
+is the sum. Gradients of your own batches say how dense
+they are, how far workers agree, and whether their data differ: mini-batch i is worker i mod N's; of many processes each has
+those that it loads. What a choice costs in accuracy is what it cost in this project's experiments, which the last column
+names: try it on your own.
 
     python -m signopt advise --loss my_package.my_module:problem --workers 8 --megabits 1000
     python -m signopt advise --loss my_package.my_module:problem --workers 8
@@ -12,14 +13,12 @@ it on your own.
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import os
-import statistics
+import sys
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import optax
 
 from signopt import wire as wires
 from signopt._tools import choices
@@ -27,7 +26,7 @@ from signopt._tools import exchanges
 from signopt._tools import gradients
 from signopt._tools import links
 from signopt._tools import problem as problems
-from signopt._tools import timing
+from signopt._tools import work
 
 WORTH = 1.05  # times as fast as a mean: less is no reason to compress
 
@@ -47,40 +46,52 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="percent of loss or accuracy you would give (default: 2)",
     )
     add("--rounds", type=number(int, 1), default=7, help="how often each step is timed (default: 7)")
+    add("--rank", type=number(int, 1), default=1, help="the row whose lines to paste are printed (default: 1)")
 
 
 def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Time steps, measure the network, look at gradients; then ask the cost model.
+    """Time the network, the gradient and every choice, look at gradients, and add up.
 
     Yields:
       A record for the network, one for the gradients, and one for each choice, the best first.
     """
+    if options.rank > len(choices.CHOICES):
+        raise problems.UsageError(f"`--rank` has to be at most {len(choices.CHOICES)}, got {options.rank}.")
     if options.distributed:
         _join()
     workers, mesh = _workers(options)
     problem = problems.load(options.loss)
+    sent = messages(problem, workers)
+    gradient = work.gradient(problem, devices := _own_devices(mesh))
     if mesh is None:
-        link, rates = links.given(workers, 1e6 * options.megabits, 1e-6 * options.latency_us), exchanges.Rates()
+        cluster = exchanges.Cluster(workers, 1e6 * options.megabits, 1e-6 * options.latency_us)
+        travel = [links.given(cluster, each) for each in sent]
     else:
         problems.progress("timing the network")
-        link, rates = links.measured(mesh), links.rates()
+        travel = links.measured(mesh, sent, gradient)
     yield {
         "kind": "network",
         "measured": mesh is not None,
         "workers": workers,
         "parameters": problem.size,
         "device": jax.devices()[0].device_kind,
-        **{name: cluster._asdict() for name, cluster in link._asdict().items()},
+        "rank": options.rank,
+        "bits_per_second": 8 * _bytes(sent[0], workers) / travel[0] if mesh is not None else 1e6 * options.megabits,
     }
     problems.progress("looking at gradients")
     found = gradients.look(problem, workers)
     yield {"kind": "gradients", "alike": found.alike, **found._asdict()}
-    seconds = compute_seconds(problem, options.rounds)
-    rows = predicted(problem, workers, link, rates, seconds, alike=found.alike)
-    yield from ranked(rows, options.tolerance)
+    seconds = work.seconds(problem, devices, gradient, options.rounds)
+    yield from ranked(predicted(problem, workers, sent, travel, seconds, alike=found.alike), options.tolerance)
 
 
 def _join():
+    if jax.distributed.is_initialized():
+        return
+    # Gloo prints to the file of stdout, which is for what is found.
+    sys.stdout.flush()
+    sys.stdout = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     os.environ.setdefault("NPROC", "16")
     count, index = (os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
     try:
@@ -117,65 +128,57 @@ def _workers(options):
     return count, jax.make_mesh((count,), (links.AXIS,), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
 
 
-def compute_seconds(problem: problems.Problem, rounds: int) -> dict[str, float]:
-    """The time of a step of one worker that exchanges nothing, for each of `choices.local_optimizers`.
+def _own_devices(mesh):
+    return jax.local_devices()[:1] if mesh is None else list(mesh.local_devices)
 
-    Of many processes, all of which have to call it, the slowest counts.
-    """
-    batch = jax.tree.map(lambda x: x[0], problem.batches)
 
-    def of(optimizer):
-        def step(params, opt_state, batch):
-            gradient = jax.grad(problem.loss)(params, batch)
-            updates, opt_state = optimizer.update(gradient, opt_state, params)
-            return optax.apply_updates(params, updates), opt_state
+def messages(problem: problems.Problem, workers: int) -> list[links.Messages]:
+    """The collectives of each choice's exchange."""
+    return [
+        tuple(wires.messages(problem.params, workers, choices.settled(choice, workers), axis_name=choices.AXIS))
+        for choice in choices.CHOICES
+    ]
 
-        run = jax.jit(step, donate_argnums=(0, 1))
-        held = [jax.tree.map(jnp.copy, (problem.params, optimizer.init(problem.params)))]
 
-        def program():
-            held[0] = run(*held[0], batch)
-            return held[0]
-
-        return program
-
-    programs = {name: of(optimizer) for name, optimizer in choices.local_optimizers().items()}
-    seconds = timing.take_turns(programs, rounds, problems.progress)
-    return {name: links.at_all(statistics.median(times)) for name, times in seconds.items()}
+def _bytes(messages, workers):
+    return float(sum(message.sent(workers) for message in messages))
 
 
 def predicted(
     problem: problems.Problem,
     workers: int,
-    link: links.Links,
-    rates: exchanges.Rates,
-    seconds: dict[str, float],
+    sent: Sequence[links.Messages],
+    travel: Sequence[float],
+    seconds: work.Work,
     *,
     alike: bool,
 ) -> list[dict[str, Any]]:
-    """What each choice takes, sends and costs."""
-    overlaps = jax.default_backend() != "cpu"
+    """What each choice takes, sends and costs.
+
+    Args:
+      problem: The user's.
+      workers: Their number.
+      sent: The collectives of each choice's exchange.
+      travel: The seconds that each of them takes.
+      seconds: What is computed.
+      alike: Whether the workers' data are.
+
+    Returns:
+      A record for each of `choices.CHOICES`.
+    """
     rows = []
-    for choice in choices.CHOICES:
-        size, schedule = problem.size, {name: getattr(choice, name) for name in ("every", "fragments", "delay")}
+    for choice, own, exchange, update in zip(choices.CHOICES, sent, travel, seconds.updates, strict=True):
         cost = choices.cost(choice, alike=alike)
         rows.append(
             {
                 "kind": "choice",
                 "name": choice.name,
-                "wire": choice.wire,
-                **schedule,
-                "compute_seconds": seconds[choice.local],
-                "seconds": exchanges.step_seconds(
-                    size,
-                    choice.wire,
-                    link.of(choice.wire),
-                    rates,
-                    compute_seconds=seconds[choice.local],
-                    overlaps=overlaps,
-                    **schedule,
-                ),
-                "bits": bits(problem.params, workers, choice),
+                **{name: getattr(choice, name) for name in ("every", "fragments", "delay")},
+                "gradient_seconds": seconds.gradient,
+                "update_seconds": update,
+                "exchange_seconds": exchange,
+                "seconds": step_seconds(choice, seconds.gradient, update, exchange),
+                "bits": 8 * _bytes(own, workers) * choice.exchanges_per_step / problem.size,
                 "percent": cost.percent,
                 "basis": cost.basis,
                 "code": choices.code(choice, workers),
@@ -184,12 +187,15 @@ def predicted(
     return rows
 
 
-def bits(params: Any, workers: int, choice: choices.Choice) -> float:
-    """What a worker sends per parameter and step, on average over a round."""
-    size = sum(jnp.size(x) for x in jax.tree.leaves(params))
-    named = {"float32": "mean"}.get(choice.wire, choice.wire)
-    border: Any = exchanges.CODED[choice.wire](workers) if choice.wire in exchanges.CODED else named
-    return 8 * wires.bytes_sent(params, workers, border) / choice.every / size
+def step_seconds(choice: choices.Choice, gradient: float, update: float, exchange: float) -> float:
+    """A step, on average over a round.
+
+    Nothing overlaps but late decisions whose exchange no `lax.cond` holds, where the backend lets collectives run beside
+    computation: of those the longer of gradient and travel counts.
+    """
+    if choice.delay and choice.fragments == choice.every and jax.default_backend() != "cpu":
+        return max(gradient, exchange) + update
+    return gradient + update + exchange * choice.exchanges_per_step
 
 
 def ranked(rows: list[dict[str, Any]], tolerance: float) -> list[dict[str, Any]]:
@@ -210,23 +216,24 @@ def ranked(rows: list[dict[str, Any]], tolerance: float) -> list[dict[str, Any]]
     return found
 
 
-COLUMNS = ["", "how often, when", "ms a step", "bits", "costs", "basis"]
+COLUMNS = ["", "rank", "how often, when", "ms a step", "bits", "costs", "basis"]
 
 
 def report(records: list[dict[str, Any]]) -> str:
-    """The network, the gradients, the table, and the lines for its first row."""
+    """The network, the gradients, the table, and the lines for one of its rows."""
     network, look, *rows = records
     title = f"{network['parameters']:,} parameters, {network['workers']} workers on {network['device']}"
     shown = [
         [
             row["name"],
+            str(rank),
             _when(row),
             f"{1e3 * row['seconds']:.3g}",
             f"{row['bits']:.3g}",
             "?" if row["percent"] is None else f"{row['percent']:g} %",
             row["basis"],
         ]
-        for row in rows
+        for rank, row in enumerate(rows, 1)
     ]
     beyond = next((i for i, row in enumerate(rows) if row["beyond"]), len(rows))
     if beyond < len(rows):
@@ -235,12 +242,12 @@ def report(records: list[dict[str, Any]]) -> str:
         "ms: predicted. bits: that a worker sends per parameter and step. costs: by how many percent it ended behind the "
         "best float32 mean in our experiments."
     )
-    first = rows[0]
+    shown_row = rows[network["rank"] - 1]
     code = [
         "",
-        f"{first['name']}, {_when(first)}:",
+        f"{shown_row['name']}, {_when(shown_row)} (`--rank` prints the lines of another row):",
         "",
-        *(f"    {line}".rstrip() for line in first["code"].split("\n")),
+        *(f"    {line}".rstrip() for line in shown_row["code"].split("\n")),
         "",
         "It belongs in a step that `signopt.workers.on_mesh` or `simulate` runs; in plain `jax.jit` wrap it: "
         '`signopt.workers.in_jit(optimizer, mesh, axis_name="worker")`.',
@@ -258,12 +265,11 @@ def _when(row):
 
 def words(network: dict[str, Any], look: dict[str, Any]) -> list[str]:
     """What was found out about the network and the gradients, in sentences."""
-    speeds = [f"{exchanges.bandwidth(network[name]['bits_per_second'])}bit/s" for name in links.Links._fields]
-    latency = f"{1e6 * network['deals']['latency_seconds']:.3g} us"
+    speed = f"{exchanges.bandwidth(network['bits_per_second'])}bit/s"
     said = [
-        f"Network, measured: sums travel at {speeds[0]}, votes at {speeds[1]}; latency {latency}."
+        f"Network, measured: a float32 mean of all parameters travels at {speed}."
         if network["measured"]
-        else f"Network, as you say: {speeds[0]}, latency {latency}."
+        else f"Network, as you say: {speed}."
     ]
     if look["probability"] is None:
         said.append("Too few mini-batches to tell whether workers' data differ; taken to be alike.")

@@ -7,8 +7,6 @@ from typing import Any, NamedTuple
 
 import optax
 
-import signopt
-
 BASIS = pathlib.Path(__file__).parent / "basis.json"
 AXIS = "worker"
 NOTHING = "do not compress"
@@ -21,25 +19,33 @@ class Choice(NamedTuple):
 
     Attributes:
       name: For the table.
-      wire: As the cost model calls it.
       every: Steps from one exchange of an entry to its next.
       fragments: Parts that are exchanged in turn.
       delay: Whether a decision counts one step later.
-      local: What a worker computes with: one of `local_optimizers`.
       digits: The method of the experiment `heterogeneous` that is closest; empty if there is none.
       text: The method of `language` or the run of `local_steps` that is closest; empty if there is none.
       code: The optimizer; ${workers} stands for a number.
+      then: What computes and sends the same as `code` does in the long run, if that begins with something else.
     """
 
     name: str
-    wire: str
     every: int
     fragments: int
     delay: int
-    local: str
     digits: str
     text: str
     code: str
+    then: str = ""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether workers go on from places of their own."""
+        return bool(self.every > 1 or self.delay)
+
+    @property
+    def exchanges_per_step(self) -> float:
+        """On average over a round."""
+        return self.fragments / self.every
 
 
 _VOTED = """optimizer = signopt.$name(learning_rate, axis_name="worker", num_workers=$workers$more)"""
@@ -79,68 +85,70 @@ def _rounds(border, every, fragments, delay):
     )
 
 
+_SCALED, _BOTH_WAYS = "scaled = signopt.codecs.scaled_sign(block=256)\n", "uplink=scaled, downlink=scaled"
 _ONE_BIT = ', wire="one_bit"'
 CHOICES = (
     Choice(
-        NOTHING, "float32", 1, 1, 0, "adam", "Adam, float32 mean", "",
+        NOTHING, 1, 1, 0, "Adam, float32 mean", "",
         'optimizer = optax.chain(signopt.mean("worker"), optax.adamw(learning_rate))',
     ),
     Choice(
-        f"{NOTHING}, Muon", "float32", 1, 1, 0, "muon", "", "muon",
+        f"{NOTHING}, Muon", 1, 1, 0, "", "muon",
         'optimizer = optax.chain(signopt.mean("worker"), optax.contrib.muon(learning_rate))',
     ),
     Choice(
-        "signum, one-bit vote", "one_bit", 1, 1, 0, "signum", "Signum, one-bit vote", "",
+        "signum, one-bit vote", 1, 1, 0, "Signum, one-bit vote", "",
         _filled(_VOTED, name="signum", more=_ONE_BIT),
     ),
     Choice(
-        "sign_muon, one-bit vote", "one_bit", 1, 1, 0, "sign_muon", "Signum, one-bit vote", "sign_muon",
+        "sign_muon, one-bit vote", 1, 1, 0, "Signum, one-bit vote", "sign_muon",
         _filled(_VOTED, name="sign_muon", more=_ONE_BIT),
     ),
-    Choice("ternary vote", "two_bit", 1, 1, 0, "signum", "ternary vote", "", _TERNARY),
-    Choice("ef_signum", "scaled_sign", 1, 1, 0, "signum", "EF-Signum", "", _filled(_VOTED, name="ef_signum", more="")),
+    Choice("ternary vote", 1, 1, 0, "ternary vote", "", _TERNARY),
+    Choice("ef_signum", 1, 1, 0, "EF-Signum", "", _filled(_VOTED, name="ef_signum", more="")),
     Choice(
-        "SGD, scaled signs", "scaled_sign", 1, 1, 0, "sgd", "SGD, scaled signs both ways", "",
-        _filled(_MEAN, before="scaled = signopt.codecs.scaled_sign(block=256)\n", how="uplink=scaled, downlink=scaled"),
+        "SGD, scaled signs", 1, 1, 0, "SGD, scaled signs both ways", "",
+        _filled(_MEAN, before=_SCALED, how=_BOTH_WAYS),
     ),
     Choice(
-        "SGD, top 1 %", "top_k", 1, 1, 0, "sgd", "SGD, top 1 % with memory", "",
+        "SGD, top 1 %", 1, 1, 0, "SGD, top 1 % with memory", "",
         _filled(_MEAN, before="", how="uplink=signopt.codecs.top_k(0.01)"),
     ),
     Choice(
-        "1-bit Adam, after its warm-up", "scaled_sign", 1, 1, 0, "adam", "1-bit Adam", "",
+        "1-bit Adam, after its warm-up", 1, 1, 0, "1-bit Adam", "",
         _filled(_VOTED, name="onebit_adam", more=""),
+        _filled(_MEAN, before=_SCALED, how=_BOTH_WAYS).replace("sgd(learning_rate, momentum=0.9)", "adamw(learning_rate)"),
     ),
     Choice(
-        "sign_muon, late vote", "one_bit", 1, 1, 1, "sign_muon", "Signum, one-bit vote", "sign_muon/sign/1/1/1",
+        "sign_muon, late vote", 1, 1, 1, "Signum, one-bit vote", "sign_muon/sign/1/1/1",
         _filled(
             _LOCAL, inner="signopt.sign_muon(learning_rate)", every=1, fragments=1, delay=1,
             border='signopt.majority_vote("worker", wire="one_bit")',
             outer="optax.scale_by_learning_rate(learning_rate)",
         ),
     ),
-    Choice("Muon, mean", "float32", 16, 1, 0, "muon", "", "muon/mean/16/1/0", _rounds("mean", 16, 1, 0)),
-    Choice("Muon, vote x size", "sized", 4, 1, 0, "muon", "", "muon/vote/4/1/0", _rounds("sized", 4, 1, 0)),
-    Choice("Muon, vote x size", "sized", 16, 1, 0, "muon", "", "muon/vote/16/1/0", _rounds("sized", 16, 1, 0)),
-    Choice("Muon, vote x size", "sized", 16, 16, 1, "muon", "", "muon/vote/16/16/1", _rounds("sized", 16, 16, 1)),
+    Choice("Muon, mean", 16, 1, 0, "", "muon/mean/16/1/0", _rounds("mean", 16, 1, 0)),
+    Choice("Muon, vote x size", 4, 1, 0, "", "muon/vote/4/1/0", _rounds("sized", 4, 1, 0)),
+    Choice("Muon, vote x size", 16, 1, 0, "", "muon/vote/16/1/0", _rounds("sized", 16, 1, 0)),
+    Choice("Muon, vote x size", 16, 16, 1, "", "muon/vote/16/16/1", _rounds("sized", 16, 16, 1)),
 )  # fmt: skip
 
 
 def code(choice: Choice, workers: int) -> str:
     """Lines to paste: a program that defines `optimizer`."""
-    body = string.Template(choice.code).substitute(workers=workers)
+    return _program(choice.code, workers)
+
+
+def _program(code, workers):
+    body = string.Template(code).substitute(workers=workers)
     return f"import optax\nimport signopt\n\nlearning_rate = 1e-3  # yours\n{body}"
 
 
-def local_optimizers() -> dict[str, optax.GradientTransformation]:
-    """What a worker computes with in each step, without any communication."""
-    return {
-        "adam": optax.adamw(1e-3),
-        "sgd": optax.sgd(1e-3, momentum=0.9),
-        "muon": optax.contrib.muon(1e-3),
-        "signum": signopt.signum(1e-3),
-        "sign_muon": signopt.sign_muon(1e-3),
-    }
+def settled(choice: Choice, workers: int) -> optax.GradientTransformation:
+    """What those lines define, or what computes and sends the same in the long run."""
+    found: dict[str, Any] = {}
+    exec(_program(choice.then or choice.code, workers), found)
+    return found["optimizer"]
 
 
 class Cost(NamedTuple):

@@ -152,4 +152,5 @@ def report(records: list[dict[str, Any]]) -> str:
         "phi: densities of gradient, noise and curvature, from 1/d to 1. R1, R2: curvature's and noise's over the "
         "gradient's. S: how many gradients are loud enough for their sign."
     )
-    return "\n".join([drawn, "", legend, f"At step {said['step']}: {said['words']}"])
+    why = ", the look in the middle: where training begins gradients are not typical" if len(records) > 1 else ""
+    return "\n".join([drawn, "", legend, f"At step {said['step']}{why}. {said['words']}"])

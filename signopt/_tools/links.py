@@ -1,131 +1,138 @@
-"""What joins the workers at hand: bandwidth and latency of their collectives, fitted to what they take.
+"""What joins the workers at hand: how long the collectives of a step take, without what is computed between them."""
 
-Sums travel by all-reduces, and votes by an `all_to_all` and an `all_gather`, which a network may carry at another rate. Both
-are timed with a small and a large message, between all devices of all processes.
-"""
-
-from collections.abc import Callable
-import dataclasses
+from collections.abc import Callable, Sequence
 import math
 import statistics
 import time
-from typing import NamedTuple
+from typing import Any
 
 import jax
 from jax import lax
 from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from signopt import workers
+from signopt import wire as wires
 from signopt._tools import exchanges
-from signopt.vote import majority_vote
 
 AXIS = "workers"
-SMALL, LARGE = 2**12, 2**24  # bytes
-ENOUGH = 0.2  # seconds, after which a message is large enough
-TIMES = 5
+LEAST, MOST, IN_A_ROW = 2, 8, 4  # how often an exchange is timed, each time a few in a row
+ENOUGH = 0.5  # seconds after which the least will do
+
+Messages = tuple[wires.Message, ...]
 
 
-class Links(NamedTuple):
-    """What joins workers.
+def given(cluster: exchanges.Cluster, messages: Messages) -> float:
+    """The seconds of some collectives, one after another, on a link of which somebody has said how fast it is.
 
-    Attributes:
-      sums: For all-reduces of floats or small integers.
-      deals: For what travels to servers and back.
+    Sums take 2 log2 M rounds of messages, dealing one message to every other worker, and gathering log2 M rounds.
+
+    Examples:
+      >>> cluster = exchanges.Cluster(workers=2, bits_per_second=8e6, latency_seconds=1e-3, message_seconds=0.0)
+      >>> given(cluster, (wires.Message("psum", 1000),))  # 2 messages, 1000 bytes
+      0.003
     """
-
-    sums: exchanges.Cluster
-    deals: exchanges.Cluster
-
-    def of(self, wire: str) -> exchanges.Cluster:
-        """The one that a wire takes."""
-        return self.deals if wire in exchanges.PLANES or wire in exchanges.CODED else self.sums
+    workers, bits_per_second, latency, message = cluster
+    rounds = math.ceil(math.log2(workers)) * (latency + message)
+    fixed = {"all_to_all": latency + (workers - 1) * message, "all_gather": rounds, "ppermute": latency + message}
+    sent = sum(float(m.sent(workers)) for m in messages)
+    return 8 * sent / bits_per_second + sum(fixed.get(m.kind, 2 * rounds) for m in messages)
 
 
-def given(workers: int, bits_per_second: float, latency_seconds: float) -> Links:
-    """A link of which somebody has said how fast it is."""
-    cluster = exchanges.Cluster(workers, bits_per_second, latency_seconds)
-    return Links(cluster, cluster)
+def measured(mesh: jax.sharding.Mesh, exchanges: Sequence[Messages], gradient: Callable[[], Any]) -> list[float]:
+    """Time some collectives in turn with gradients between the devices of a mesh with the one axis `AXIS`.
+
+    Gradients come before each, as in training: links rest, and processes that share cores do not all come at once. Every
+    process has to call it.
+
+    Args:
+      mesh: Of all workers.
+      exchanges: The collectives of one program each.
+      gradient: What computes one, here.
+
+    Returns:
+      The seconds that each adds to gradients and a program that sends nothing.
+    """
+    distinct = tuple(dict.fromkeys(exchanges))
+
+    def beside(messages):
+        program = _program(mesh, messages)
+
+        def step():
+            jax.block_until_ready(gradient())
+            return program()
+
+        return step
+
+    nothing, *seconds = (seconds_of(beside(messages)) for messages in ((), *distinct))
+    found = dict(zip(distinct, (max(0.0, one - nothing) for one in seconds), strict=True))
+    return [found[messages] for messages in exchanges]
 
 
-def measured(mesh: jax.sharding.Mesh) -> Links:
-    """Fit the links between the devices of a mesh with the one axis `AXIS`. Every process has to call it."""
+def _program(mesh, messages):
+    """A function of nothing that passes as many bytes as these messages, one after another."""
     count = mesh.shape[AXIS]
-    rounds = math.ceil(math.log2(count))
-
-    def deal(x):
-        row = lax.all_to_all(x.reshape(count, -1), AXIS, 0, 0, tiled=True)
-        return lax.all_gather(row[0], AXIS)
-
-    return Links(
-        _fitted(mesh, lambda x: lax.psum(x, AXIS), jnp.float32, 2 * rounds),
-        _fitted(mesh, deal, jnp.uint8, 1 + rounds),
-    )
-
-
-def _fitted(mesh, collective, dtype, messages) -> exchanges.Cluster:
-    """The bandwidth and latency with which a small and a large message take as long as they do."""
-    count, width = mesh.shape[AXIS], jnp.dtype(dtype).itemsize
     own = jax.sharding.NamedSharding(mesh, jax.P(AXIS))
-    mapped = jax.jit(
-        jax.shard_map(
-            lambda x: collective(x[0])[None], mesh=mesh, in_specs=jax.P(AXIS), out_specs=jax.P(AXIS), check_vma=False
-        )
-    )
 
-    def seconds(size):
-        shape = (count, -(-size // (width * count)) * count)
-        x = jax.make_array_from_callback(shape, own, lambda index: np.zeros((1, shape[1]), dtype))
-        return at_all(median_seconds(lambda: mapped(x))), 2 * (count - 1) * shape[1] * width / count
+    def pass_on(x, message):
+        if message.kind == "all_gather":
+            return lax.all_gather(x, AXIS).ravel()
+        if message.kind == "all_to_all":
+            return lax.all_to_all(x.reshape(count, -1), AXIS, 0, 0, tiled=True).ravel()
+        return lax.psum(x, AXIS)
 
-    (first, little), size = seconds(SMALL), SMALL
-    last, much = first, little
-    while last < ENOUGH and size < LARGE:
-        size *= 8
-        last, much = seconds(size)
-    bits_per_second = 8 * (much - little) / max(last - first, 1e-9)
-    latency = max(0.0, first - 8 * little / bits_per_second) / messages
-    return exchanges.Cluster(count, bits_per_second, latency, 0.0)
+    def body(rows):
+        last = jnp.zeros([], jnp.float32)
+        for x, message in zip(rows, messages, strict=True):
+            # Each begins when the one before has ended, as those of one step do.
+            last = pass_on(x[0] + last.astype(x.dtype), message)[0].astype(jnp.float32)
+        return last[None]
 
+    def array(message):
+        floats = message.kind not in ("all_to_all", "all_gather")
+        size = max(1, -(-message.bytes // (4 if floats else count)) * (1 if floats else count))
+        zeros = np.zeros((1, size), np.float32 if floats else np.uint8)
+        return jax.make_array_from_callback((count, size), own, lambda index: zeros)
 
-def rates() -> exchanges.Rates:
-    """The rates of this machine, while all processes do the same: ours, as many times slower as a one-bit vote is here."""
-    size, model = 2**20, exchanges.Rates()
-    tx = majority_vote(AXIS, wire="one_bit")
-
-    def step(state, batch):
-        params, opt_state = state
-        updates, opt_state = tx.update(batch[0], opt_state, params)
-        return (optax.apply_updates(params, updates), opt_state), None
-
-    run = jax.jit(workers.simulate(step, 1, axis_name=AXIS), donate_argnums=0)
-    batch = jnp.ones((1, size))
-    held = [(jnp.zeros(size), tx.init(jnp.zeros(size)))]
-
-    def once():
-        held[0], _ = run(held[0], batch)
-        return held[0]
-
-    slower = at_all(median_seconds(once)) / exchanges.work_seconds(size, 1, "one_bit", model)
-    # What a reduction adds is in the bandwidth of sums.
-    return dataclasses.replace(model.times(slower), add=0.0)
+    run = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=jax.P(AXIS), out_specs=jax.P(AXIS), check_vma=False))
+    rows = [array(message) for message in messages]
+    return lambda: run(rows)
 
 
-def median_seconds(program: Callable[[], object]) -> float:
-    """The median time of a program, compilation left out."""
+def seconds_of(program: Callable[[], Any]) -> float:
+    """What a program that all processes run takes, one after another, compilation left out; the slowest process counts."""
     jax.block_until_ready(program())
-    found = []
-    for _ in range(TIMES):
+    found, total = [], 0.0
+    while len(found) < LEAST or (total < ENOUGH and len(found) < MOST):
+        meet()
         begin = time.perf_counter()
-        jax.block_until_ready(program())
-        found.append(time.perf_counter() - begin)
-    return statistics.median(found)
+        for _ in range(IN_A_ROW):
+            jax.block_until_ready(program())
+        (seconds,) = at_all([time.perf_counter() - begin])
+        found.append(seconds / IN_A_ROW)
+        total += seconds
+    return typical(found)
 
 
-def at_all(seconds: float) -> float:
-    """The largest of all processes' numbers, on each of them."""
+def typical(values: Sequence[float]) -> float:
+    """The mean of the middle half: outliers do not count, and the sum of parts is that of the whole, unlike with medians.
+
+    Examples:
+      >>> typical([1.0, 2.0, 4.0, 90.0]), typical([3.0])
+      (3.0, 3.0)
+    """
+    cut = len(values) // 4
+    return statistics.mean(sorted(values)[cut : len(values) - cut])
+
+
+def meet() -> None:
+    """Wait until every process is here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("signopt advise")
+
+
+def at_all(seconds: Sequence[float]) -> list[float]:
+    """Of each number the largest of all processes, on each of them."""
     if jax.process_count() == 1:
-        return seconds
-    return float(np.max(multihost_utils.process_allgather(np.float64(seconds))))
+        return list(seconds)
+    return np.max(multihost_utils.process_allgather(np.asarray(seconds, np.float32)), axis=0).tolist()

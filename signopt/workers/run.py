@@ -296,6 +296,7 @@ def _leaves_and_metrics(found, treedef, caller):
 def _differs(path, caller):
     return ValueError(
         f"`{caller}(step)` has to return shared state that is the same on every worker, got a different one on each at "
-        f"`state{jax.tree_util.keystr(path)}`. Vote or average before what changes it (statistics: `jax.lax.pmean`), or "
-        "keep it per worker: `num_workers=...` in a ready optimizer, `signopt.workers.per_worker` in a chain of your own."
+        f"`state{jax.tree_util.keystr(path)}`. Vote or average before what changes it (`axis_name=...` in a ready "
+        "optimizer, `jax.lax.pmean` of statistics), or keep it per worker (`num_workers=...` in a ready optimizer, "
+        "`signopt.workers.per_worker` in a chain of your own)."
     )
