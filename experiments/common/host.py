@@ -349,13 +349,14 @@ def link() -> dict[str, Any]:
     seconds = links.measured(own, [*sums, *deals], lambda: time.sleep(PAUSE))
     rounds = math.ceil(math.log2(count))
 
-    def fitted(begin, end, messages):
+    def fitted(ends, messages):
+        begin, end = ends
         speed = 16 * (count - 1) / count * (large - small) / max(end - begin, 1e-9)
         return exchanges.Cluster(count, speed, begin / messages, 0.0)._asdict()
 
     return {
-        "sums": fitted(*seconds[:2], 2 * rounds),
-        "deals": fitted(*seconds[2:], 1 + rounds),
+        "sums": fitted(seconds[:2], 2 * rounds),
+        "deals": fitted(seconds[2:], 1 + rounds),
         "rates": dataclasses.asdict(_rates()),
     }
 

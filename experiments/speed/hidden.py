@@ -32,7 +32,6 @@ from experiments.common.flags import flag
 from experiments.common.records import Record
 from experiments.speed import cost
 from signopt._tools import exchanges
-from signopt._tools import links
 
 NEAR = 0.15  # an error of the model that is small
 
@@ -139,11 +138,11 @@ def cases(records: list[Record]) -> list[Case]:
         size = turns[0]["parameters"]
         wire, schedule = cost.named(ways.modelled(way))
         link = of_links[*place]
-        joined = links.Links(*(exchanges.Cluster(**link[name]) for name in links.Links._fields))
+        dealt = wire in exchanges.PLANES or wire in exchanges.CODED
         predicted = exchanges.step_seconds(
             size,
             wire,
-            joined.of(wire),
+            exchanges.Cluster(**link["deals" if dealt else "sums"]),
             exchanges.Rates(**link["rates"]),
             compute_seconds=compute,
             overlaps=ways.overlaps(way),

@@ -110,7 +110,10 @@ def _adamw_of_two_means(schedule, config, *, first, second):
         borders, *adams = state
         found = {name: tx.update(updates, borders[name], params) for name, tx in means.items()}
         clipped = {name: clip.update(mean, optax.EmptyState())[0] for name, (mean, _) in found.items()}
-        mu, nu = (adam.update(clipped[name], old)[1] for name, old in zip((first, second), adams, strict=True))
+        moments: list[Any] = [
+            adam.update(clipped[name], old)[1] for name, old in zip((first, second), adams, strict=True)
+        ]
+        mu, nu = moments[0], moments[1]
         mu_hat = optax.tree.bias_correction(mu.mu, 0.9, mu.count)
         nu_hat = optax.tree.bias_correction(nu.nu, 0.95, nu.count)
         step = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + 1e-8), mu_hat, nu_hat)
