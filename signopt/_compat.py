@@ -35,6 +35,16 @@ def varying(x: Any) -> frozenset:
     return jax.typeof(x).manual_axis_type.varying
 
 
+def varying_type(aval: Any) -> frozenset:
+    """The same for a type, as a variable of a program has one."""
+    return aval.manual_axis_type.varying
+
+
+def acts(eqn: Any) -> bool:
+    """Whether an equation of a program does something beside computing its results, such as printing."""
+    return any(type(effect).__name__ != "NamedAxisEffect" for effect in eqn.effects)
+
+
 def says_that_workers_differ(error: ValueError) -> bool:
     """Whether `jax.vmap` refused to return a value once for all workers because they have different ones."""
     return "out_axes is None" in str(error) or "axis spec None" in str(error)

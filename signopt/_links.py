@@ -46,11 +46,11 @@ def right(
     _check.choice(settings["wire"], get_args(Wire), caller, "wire")
     if axis_name is not None:
         return (majority_vote(axis_name, **settings), *tail(caller, learning_rate, weight_decay, mask))
-    for name, of_one in (("report", False), ("delay", False), ("wire", "two_bit")):
-        if settings.get(name, of_one) not in (of_one, None):
+    for name in ("report", "delay"):
+        if settings.get(name):
             raise ValueError(
-                f"`{caller}({name}=...)` has to come with an axis to vote over, got {settings[name]!r} and axis_name=None. Pass "
-                "`axis_name=...`: one worker sends nothing, has nothing to wait for and nobody to compare with."
+                f"`{caller}({name}=...)` has to come with an axis to vote over, got {settings[name]} and axis_name=None. Pass "
+                "`axis_name=...`: one worker has nothing to wait for and nobody to compare with."
             )
     return tail(caller, learning_rate, weight_decay, mask, first=_own_sign(caller))
 

@@ -88,6 +88,7 @@ def local_steps(
       of all steps is the same, and nothing is inside `lax.cond`.
     * `delay=1`: the exchange is of what the step before left behind, so that it can travel while this step's gradient is
       computed. XLA overlaps it only where no `lax.cond` is around it: with `fragments == every`, and so with `every=1`.
+      On CPUs it overlaps nothing by itself, and as a second program anything: `signopt.workers.on_mesh(..., hidden=True)`.
 
     Fragments flatten every leaf. Parameters that other axes of a mesh shard are gathered for that: exchange those whole.
 

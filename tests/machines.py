@@ -22,6 +22,7 @@ if __name__ == "__main__":  # before JAX is imported, and never in a process tha
     os.environ["XLA_FLAGS"] = of_gpus if "h100" in sys.argv else ""
 
 import jax
+from jax import lax
 from jax.experimental import topologies
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -32,6 +33,7 @@ import optax
 
 import signopt
 from signopt import _bits
+from signopt import _compat
 from signopt import _flat
 from signopt import sign
 
@@ -138,6 +140,37 @@ def layers(mesh, border, *, width, examples, options=None):
     return found | {"parameter_bytes": 4 * 4 * width**2}
 
 
+def in_stages(mesh, stages, *, width, examples, options):
+    """The same step with a late vote on one bit by hand: of one stage, or of two, so that a decision waits for a step, too."""
+    params = [jax.ShapeDtypeStruct((width, width), jnp.float32)] * 4
+    words = _flat.size(params) // 8
+
+    def loss(params, x):
+        for w in params:
+            x = jnp.tanh(x @ w)
+        return jnp.mean(x**2)
+
+    def step(state, x):
+        params, momenta, ballots, decision = state
+        dealt = lax.all_to_all(ballots.reshape(WORKERS, -1), AXIS, 0, 0, tiled=True)
+        decided = decision[0] if stages == 2 else _bits.at_least(_bits.count(dealt), WORKERS // 2)
+        everybody = lax.all_gather(decided, AXIS, tiled=True, to="invarying")
+        _, grads = signopt.workers.value_and_grad(loss, axis_name=AXIS)(params, x)
+        momenta = [0.9 * m + g[None] for m, g in zip(momenta, grads, strict=True)]
+        cast = _flat.pack([m[0] for m in momenta], sign.is_positive)
+        dealt, everybody, cast = _compat.after_all((dealt, everybody, cast))
+        decision = _bits.at_least(_bits.count(dealt), WORKERS // 2)[None] if stages == 2 else decision
+        params = [p - 0.01 * v for p, v in zip(params, _flat.unpack(everybody, params), strict=True)]
+        return params, momenta, cast[None], decision
+
+    own = [jax.ShapeDtypeStruct((WORKERS, *p.shape), p.dtype) for p in params]
+    held = [jax.ShapeDtypeStruct((WORKERS, size), jnp.uint8) for size in (words, words // WORKERS)]
+    specs = (P(), P(AXIS), P(AXIS), P(AXIS))
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=(specs, P(AXIS)), out_specs=specs)
+    x = jax.ShapeDtypeStruct((WORKERS * examples, width), jnp.float32)
+    return compiled(mapped, mesh, (specs, P(AXIS)), (params, own, *held), x, options=options)
+
+
 def vote(mesh, wire, **kwargs):
     """A vote of eight workers on several leaves, and the update of the parameters."""
     params = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in LEAVES.items()}
@@ -169,7 +202,8 @@ def hidden(mesh, on_tpu):
     late = functools.partial(signopt.majority_vote, AXIS, delay=1, num_workers=WORKERS)
     small = functools.partial(layers, mesh, width=128, examples=256)
     option = {"xla_tpu_enable_async_all_to_all": "true"} if on_tpu else None
-    return {"at once": small(signopt.majority_vote(AXIS)), "late": small(late(), options=option)}
+    stages = {f"{n} stages": in_stages(mesh, n, width=128, examples=256, options=option) for n in (1, 2)}
+    return {"at once": small(signopt.majority_vote(AXIS)), "late": small(late(), options=option)} | stages
 
 
 def main(machine, layout=None):

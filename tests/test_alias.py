@@ -290,11 +290,6 @@ def test_rates_that_are_none_are_refused(name, axis_name):
             make(rate)
     with pytest.raises(ValueError, match=rf"`{name}\(wire=\.\.\.\)` has to be one of 'one_bit', .*, got 'bits'\."):
         make(0.1, wire="bits")
-    if axis_name is None and name != "mh_signsgd":
-        with pytest.raises(
-            ValueError, match=rf"`{name}\(wire=\.\.\.\)` has to come with an axis .*, got 'one_bit' and"
-        ):
-            make(0.1, wire="one_bit")
     if name != "signprox":
         with pytest.raises(ValueError, match=rf"`{name}\(weight_decay=\.\.\.\)` has to be at least 0, got -0\.1\."):
             make(0.1, weight_decay=-0.1)

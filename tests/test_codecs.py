@@ -15,6 +15,7 @@ import pytest
 
 from signopt import codecs
 from signopt.codecs import codec as _codec
+from signopt.codecs import sparse
 
 SIZES = (0, 1, 2, 7, 8, 9, 255, 256, 257, 1000)
 KEY = jax.random.key(7)
@@ -464,6 +465,60 @@ def test_top_k_sends_the_largest_and_exactly_as_many_as_it_says(rng):
         assert np.count_nonzero(y) == k
         np.testing.assert_array_equal(np.sort(np.abs(y))[-k:], np.sort(np.abs(x))[-k:])
     assert codecs.top_k(1.0).exact and not codecs.top_k(0.5).exact
+
+
+@pytest.mark.parametrize("n", (32768, 40001))
+def test_entries_of_a_long_row_are_found_by_counting_and_are_those_of_a_sort(n, rng, devices):
+    """Ties, zeros, numbers of every size, and a sample that misleads: alone, in a batch, and on a mesh that checks."""
+    normal = rng.standard_normal((8, n))
+    sampled = np.arange(n) % 64 == 0
+    rows = np.stack(
+        [
+            normal[0],
+            np.zeros(n),
+            np.full(n, 3e38),
+            rng.integers(-3, 4, n),
+            normal[4] * (rng.random(n) < 0.01),
+            normal[5] * 10.0 ** rng.uniform(-37, 37, n),
+            np.where(sampled, 100 * normal[6], normal[6]),
+            np.where(sampled, 0, normal[7]),
+        ]
+    ).astype(np.float32)
+    expected = np.stack([top_k(x, None) for x in rows])
+    rows[4, rows[4] == 0] = np.nan
+    codec = codecs.top_k(0.1)
+    batched = jax.jit(jax.vmap(codec.encode, in_axes=(0, None)))(rows, None)
+    alone = jax.jit(codec.encode)
+    mesh = jax.make_mesh((8,), ("worker",), devices=devices, axis_types=(AxisType.Auto,))
+    spec = PartitionSpec("worker")
+    on_mesh = jax.shard_map(
+        lambda x: jax.tree.map(lambda a: a[None], codec.encode(x[0], None)), mesh=mesh, in_specs=spec, out_specs=spec
+    )
+    on_mesh = jax.jit(on_mesh)(rows)
+    for i, row in enumerate(rows):
+        message = alone(row, None)
+        np.testing.assert_array_equal(codec.decode(message, row, None), expected[i])
+        for a, b, c in zip(*map(jax.tree.leaves, (message, batched, on_mesh)), strict=True):
+            np.testing.assert_array_equal(a, b[i])
+            np.testing.assert_array_equal(a, c[i])
+
+
+@pytest.mark.parametrize("n", (1, 33, 1003))
+@pytest.mark.parametrize("share", (0.001, 0.3, 1.0))
+def test_counting_takes_the_places_that_a_stable_sort_takes(n, share, rng):
+    number, (rows, columns, _) = sparse._number(share, n), sparse._grid(n, None)
+    counted = jax.jit(lambda x: sparse._counted(x, number, rows, columns))
+    for x in (rng.standard_normal(n), rng.integers(-1, 2, n), np.zeros(n)):
+        x = x.astype(np.float32)
+        read = np.abs(np.pad(x, (0, rows * columns - n))).reshape(rows, columns).T.ravel()
+        expected = np.argsort(-read, kind="stable")[:number]
+        np.testing.assert_array_equal(np.sort(counted(x)), np.sort(expected))
+
+
+def test_values_of_a_long_row_travel_by_size_so_that_neighbours_may_share_a_scale(rng):
+    x = jnp.asarray(rng.standard_normal(40000), jnp.float32)
+    kept = codecs.top_k(0.01, values=codecs.identity()).encode(x, None)[0][0]
+    np.testing.assert_array_equal(np.abs(kept), np.sort(np.abs(x))[::-1][:400])
 
 
 @pytest.mark.parametrize("block", (64, 256))

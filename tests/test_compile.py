@@ -63,6 +63,14 @@ def test_on_other_tpus_the_option_makes_the_all_to_all_asynchronous(machine):
     assert "all-to-all" in programs(machine)["hidden"]["late"]["under"]
 
 
+def test_a_second_stage_of_delay_hides_the_all_gather_on_a_v5e_only():
+    """It travels under as many matrix products as the all-to-all; on a v6e and a v5p neither travels under any."""
+    found = {machine: programs(machine)["hidden"] for machine in TPUS}
+    assert "all-gather" not in found["v5e:2x4"]["1 stages"]["under"]
+    assert found["v5e:2x4"]["2 stages"]["under"] == {"all-to-all": 10, "all-gather": 10}
+    assert not any(sum(found[machine]["2 stages"]["under"].values()) for machine in TPUS[1:])
+
+
 @pytest.mark.parametrize("planes", ("1", "2"))
 @pytest.mark.parametrize("machine", MACHINES)
 def test_packing_needs_no_memory_of_its_own(machine, planes):

@@ -1,15 +1,12 @@
-"""Exchanges that are hidden: what is compared, what is made of records, and that two programs train as one."""
+"""Exchanges that are hidden: what is compared, and what is made of records."""
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from experiments.common import namespaces
 from experiments.common import records
-from experiments.common import two_programs
 from experiments.common import ways
 from experiments.speed import cost
 from experiments.speed import hidden
@@ -40,37 +37,6 @@ def test_every_way_sends_what_the_model_counts(way):
     _, schedule = cost.named(ways.modelled(way))
     per_step = 8 * sent * schedule["fragments"] / schedule["every"] / 2**15
     assert cost.bits(ways.modelled(way), 2**15, 4) == pytest.approx(per_step, rel=0.02)
-
-
-def test_two_programs_make_the_steps_of_one(devices):
-    mesh = jax.make_mesh((1,), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,), devices=devices[:1])
-    params = {"w": jnp.array([1.0, -2.0, 3.0])}
-    batches = jax.random.normal(jax.random.key(0), (6, 1, 3))
-
-    def loss(params, batch):
-        return jnp.mean((batch @ params["w"] - 1) ** 2)
-
-    way = "one_bit/1/1/1"
-    apart = two_programs.Steps(loss, *ways.pair(way, AXIS), params, mesh)
-    together = ways.optimizer(way, AXIS, 1)
-
-    def step(state, batch):
-        params, opt_state = state
-        place = signopt.local_params(opt_state, params)
-        value, gradient = signopt.workers.value_and_grad(loss, axis_name=AXIS)(place, batch)
-        updates, opt_state = together.update(gradient, opt_state, params)
-        return (jax.tree.map(jnp.add, params, updates), opt_state), value
-
-    run = signopt.workers.on_mesh(step, mesh, axis_name=AXIS)
-    state = (params, together.init(params))
-    for number, batch in enumerate(batches):
-        apart.step(batch)
-        state, _ = run(state, batch)
-        if number == 0:  # the first has nothing to exchange, and a vote on zeros says something on one bit
-            continue
-    own = state[1].own.per_worker.offset["w"]
-    np.testing.assert_allclose(np.ravel(apart.offset["w"]), np.ravel(own), rtol=1e-6)
-    assert abs(np.asarray(apart.params["w"] - state[0]["w"])).max() <= 2 * 1e-4  # that step, and how its ties fall
 
 
 def made_up(error=1.0):

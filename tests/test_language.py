@@ -1,6 +1,7 @@
 """The language experiment: its text, its model, its rule for learning rates, and its figures."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -13,6 +14,7 @@ import pytest
 from experiments.common import records
 from experiments.common import text
 from experiments.training import language
+from experiments.training import methods
 import signopt
 
 SMALL = text.Shape(layers=1, width=16, context=8, workers=2, batch_size=2, steps=16, evaluations=2, windows=16)
@@ -105,15 +107,84 @@ def test_every_method_is_tuned_and_trained_and_drawn(tmp_path, monkeypatch):
     path = records.write(config.output, records.header("language", config), language.run(config))
     found = records.read(path)
     runs = {r["method"]: r for r in found[1:] if r["kind"] == "run"}
-    assert list(runs) == list(language.METHODS) and len(found) > 2 + 2 * len(runs)
+    assert list(runs) == list(methods.FIRST) and len(found) > 2 + 2 * len(runs)
     assert runs["mh_signsgd"]["learning_rate"] is None
     assert all(2e-3 < r["learning_rate"] < 5e-3 for name, r in runs.items() if name != "mh_signsgd")
     # A mean sends 32 bits for each bit of a vote, but for the bytes that small leaves do not fill.
     assert 31 < runs["sgd"]["bytes_per_step"] / runs["sign_muon"]["bytes_per_step"] <= 32
     (row,) = [row for row in language.summary(found) if row[0] == "muon"]
     assert row[2].endswith("± 0.007") and float(row[3]) == 48
-    assert len(language.table(found).rows) == len(language.METHODS)
+    assert len(language.table(found).rows) == len(methods.FIRST)
     assert all(figure.exists() for figure in language.plot(found, str(tmp_path)))
+
+
+@pytest.fixture(scope="module")
+def gradients():
+    """Of three steps, for each of two workers."""
+    params = text.init(jax.random.key(0), SMALL)
+    keys = jax.random.split(jax.random.key(1), 3)
+    return params, [optax.tree.random_like(k, jax.tree.map(lambda p: jnp.stack([p, p]), params)) for k in keys]
+
+
+def stepped(name, gradients):
+    """The last updates, and the state."""
+    params, steps = gradients
+    tx = methods.METHODS[name].make(lambda count: 1.0, language.Config(workers=2, wire="two_bit"))
+    tx = optax.with_extra_args_support(tx)
+    update = signopt.workers.simulate(
+        lambda state, g: tx.update(jax.tree.map(lambda x: x[0], g), state, params)[::-1], 2, axis_name=text.AXIS
+    )
+    state = tx.init(params)
+    for gradient in steps:
+        state, updates = jax.jit(update)(state, gradient)
+    return jax.tree.map(lambda x: x[0], updates), state
+
+
+def test_variants_are_built_from_links_that_make_sign_muon(gradients, monkeypatch):
+    plain = methods.Method(methods._sign_muon_with(), 1.0)
+    monkeypatch.setitem(methods.METHODS, "plain", plain)
+    one, other = (stepped(name, gradients)[0] for name in ("sign_muon", "plain"))
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+@pytest.mark.slow
+def test_variants_vote_nearly_as_sign_muon_does(gradients):
+    one, _ = stepped("sign_muon", gradients)
+    for name in methods.VARIANTS:
+        found, _ = stepped(name, gradients)
+        x, y = (np.concatenate([np.sign(v).ravel() for v in jax.tree.leaves(tree)]) for tree in (one, found))
+        both = (x != 0) & (y != 0)
+        agree = np.mean(x[both] == y[both])
+        assert agree > 0.7, (name, agree)
+        if not name.endswith("_groups"):
+            assert not np.array_equal(one["blocks"]["up"], found["blocks"]["up"]), name
+
+
+def test_embeddings_of_a_group_move_further(gradients):
+    plain, groups = (stepped(name, gradients)[0] for name in ("sign_muon", "sign_muon_groups"))
+    np.testing.assert_array_equal(groups["embed"], methods.EMBEDDINGS * plain["embed"])
+    np.testing.assert_array_equal(groups["head"], plain["head"])
+
+
+def test_adamw_of_two_means_is_adamw_if_both_are_exact(gradients, monkeypatch):
+    exact = functools.partial(methods._adamw_of_two_means, first="exact", second="exact")
+    monkeypatch.setitem(methods.METHODS, "exact", methods.Method(exact, 1.0))
+    one, other, first = (stepped(name, gradients)[0] for name in ("adamw", "exact", "adamw_signs_first"))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), one, other)
+    assert not np.allclose(one["head"], first["head"], atol=0.1)
+
+
+def test_bytes_of_onebit_adam_are_floats_until_it_settles_and_signs_from_then_on(gradients):
+    params, _ = gradients
+    config, method = language.Config(workers=2, steps=100), methods.METHODS["onebit_adam"]
+    size = sum(x.size for x in jax.tree.leaves(params))
+    state = method.make(lambda count: 1.0, config).init(params)
+    sent = {
+        step: language.bytes_per_step(method, config, params, optax.tree.set(state, settled_at=step))
+        for step in (0, 25)
+    }
+    assert sent[0] == 4 * size  # 2 (M - 1)/M of four bytes
+    assert sent[25] == pytest.approx(size * (0.25 * 4 + 0.75 * (1 + 32 / 256) / 8), rel=0.02)
 
 
 def test_time_is_computing_and_the_exchange_of_the_cost_model():

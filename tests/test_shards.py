@@ -321,6 +321,7 @@ ROWS = {
     "majority_vote, one_bit": signopt.majority_vote(None, wire="one_bit"),
     "mean": signopt.mean(None),
     "signsgd": signopt.signsgd(0.5),
+    "signsgd, one_bit": signopt.signsgd(0.5, wire="one_bit"),
     "signum": signopt.signum(0.5),
     "lion": signopt.lion(0.5),
 }

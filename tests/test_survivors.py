@@ -1,16 +1,22 @@
 """Processes are really killed, one after another, and the others vote on."""
 
+import functools
 import json
 import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from experiments.common import data
+from experiments.common import models
 import one_survivor
 import signopt
 from signopt import workers
+from signopt.workers.state import owners
 from test_processes import TESTS
 from test_processes import environment
 from test_processes import free_port
@@ -82,6 +88,80 @@ def test_processes_die_until_one_is_left(tmp_path):
     expected, reached = one_survivor.accuracy(state[0]), one_survivor.accuracy(found[1000][0]["params"])
     print(f"accuracy {reached}, undisturbed {expected}")
     assert reached > max(expected - 0.05, 0.85)
+
+
+# ---- what a lost worker remembered -----------------------------------------------------------------------------------
+
+
+def residuals(num_workers):
+    """Signum's momentum in scaled signs, with what they leave out kept by each worker."""
+    border = signopt.mean("w", uplink=signopt.codecs.scaled_sign(block=256), memory="workers", num_workers=num_workers)
+    momentum = workers.per_worker(optax.ema(0.9, debias=False), num_workers)
+    return optax.chain(momentum, border, optax.sgd(0.3))
+
+
+def momenta(num_workers):
+    return signopt.signum(8e-3, 0.9, axis_name="w", num_workers=num_workers)
+
+
+def without(lost, state, num_workers):
+    """What `elastic` goes on from: the survivors' own."""
+    rows = jnp.array([i for i in range(num_workers) if i != lost])
+    leaf = {"shared": lambda x: x, "per_worker": lambda x: x[rows], "worker": lambda x: x[:-1]}
+    return jax.tree.map(lambda x, owner: leaf[owner](x), state, owners(state))
+
+
+def with_the_mean(lost, state, num_workers):
+    """What nobody can: they know what the lost one had."""
+    return workers.resize(state, num_workers - 1)
+
+
+@functools.cache
+def on_sorted_digits(make, num_workers):
+    """The images, those of each of eight shards, the network, the optimizer, and a step of all workers."""
+    digits = data.load("digits")
+    net = models.network(models.MLP, digits.train_images.shape[1:])
+    tx = make(num_workers)
+
+    def step(state, batch):
+        params, opt_state = state
+        loss = functools.partial(models.loss, net)
+        value, grads = workers.value_and_grad(loss, axis_name="w")(params, *batch)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), value
+
+    shards = np.array_split(np.argsort(digits.train_labels, kind="stable"), 8)
+    return digits, shards, net, tx, workers.simulate(step, num_workers, axis_name="w")
+
+
+def disturbed(make, lose, seed, kills=(300, 400, 500), looks=(310, 350, 600)):
+    """Test accuracies at some steps of a training on eight workers, of whom three die. No example is lost."""
+    count, rng, found = 8, np.random.default_rng(seed), []
+    digits, shards, net, tx, run = on_sorted_digits(make, count)
+    params = net.init(jax.random.key(seed))
+    state = params, tx.init(params)
+    for k in range(looks[-1]):
+        if k in kills:
+            state, count = lose(count // 2, state, count), count - 1
+            *_, run = on_sorted_digits(make, count)
+        chosen = np.concatenate([rng.choice(shard, 8) for shard in shards])[: 64 // count * count]
+        state, _ = run(state, (digits.train_images[chosen], digits.train_labels[chosen]))
+        if k + 1 in looks:
+            test = map(jnp.asarray, (digits.test_images, digits.test_labels))
+            found.append(float(models.accuracy(net, state[0], *test)))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", (momenta, residuals))
+def test_what_a_lost_worker_remembered_is_not_missed(make):
+    """Those who keep its mean, as `resize` does, label no more images right afterwards: less than one of 360."""
+    lost, kept = (np.array([disturbed(make, lose, seed) for seed in range(5)]) for lose in (without, with_the_mean))
+    gain = kept - lost
+    error = gain.std(0, ddof=1) / np.sqrt(len(gain))
+    print(f"{make.__name__}: lost {lost.mean(0)}, kept {kept.mean(0)}, gain {gain.mean(0)} +- {error}")
+    assert (gain.mean(0) < np.maximum(5 * error, 1 / 360)).all()
+    assert lost[:, -1].mean() > 0.7  # they do train
 
 
 def test_without_recoverability_it_says_so():

@@ -32,7 +32,6 @@ from experiments.common import optimizers
 from experiments.common import pasted
 from experiments.common import swaps
 from experiments.common import text as texts
-from experiments.common import two_programs
 from experiments.common import ways
 import signopt
 from signopt import _bits
@@ -350,13 +349,14 @@ def link() -> dict[str, Any]:
     seconds = links.measured(own, [*sums, *deals], lambda: time.sleep(PAUSE))
     rounds = math.ceil(math.log2(count))
 
-    def fitted(begin, end, messages):
+    def fitted(ends, messages):
+        begin, end = ends
         speed = 16 * (count - 1) / count * (large - small) / max(end - begin, 1e-9)
         return exchanges.Cluster(count, speed, begin / messages, 0.0)._asdict()
 
     return {
-        "sums": fitted(*seconds[:2], 2 * rounds),
-        "deals": fitted(*seconds[2:], 1 + rounds),
+        "sums": fitted(seconds[:2], 2 * rounds),
+        "deals": fitted(seconds[2:], 1 + rounds),
         "rates": dataclasses.asdict(_rates()),
     }
 
@@ -471,26 +471,14 @@ def _steps(way, width, layers, tokens):
     rng = np.random.default_rng(jax.process_index())
     windows = _on_hosts(rng.integers(0, texts.BYTES, (1, tokens + 1), np.uint8))
     size = sum(x.size for x in jax.tree.leaves(params))
-    one = (_late if ways.overlaps(way) else _at_once)(way, shape.workers, params, windows)
+    one = _stepping(way, shape.workers, params, windows)
     jax.block_until_ready(one())
     return one, size
 
 
-def _late(way, workers, params, windows):
-    """A step whose vote is a program of its own."""
-    del workers
-    together = two_programs.Steps(texts.loss, *ways.pair(way, AXIS), params, mesh())
-
-    def one():
-        together.step(windows)
-        return together.params, together.offset
-
-    return one
-
-
-def _at_once(way, workers, params, windows):
-    """A step that is one program."""
-    made = optax.with_extra_args_support(ways.optimizer(way, AXIS, workers))
+def _stepping(way, workers, params, windows):
+    """A step of some way, which keeps its state."""
+    made = optax.with_extra_args_support(ways.optimizer(ways.modelled(way), AXIS, workers))
     value_and_grad = signopt.workers.value_and_grad(texts.loss, axis_name=AXIS)
 
     def step(state, windows):
@@ -500,7 +488,8 @@ def _at_once(way, workers, params, windows):
         updates, opt_state = made.update(gradients, opt_state, params)
         return (optax.apply_updates(params, updates), opt_state), value
 
-    run = signopt.workers.on_mesh(step, mesh(), axis_name=AXIS, donate=True, check_vma=False)
+    hidden = ways.overlaps(way)
+    run = signopt.workers.on_mesh(step, mesh(), axis_name=AXIS, donate=not hidden, check_vma=False, hidden=hidden)
     held = [_placed((params, made.init(params)))]
 
     def one():

@@ -129,6 +129,16 @@ def matrices(params: Any) -> Any:
     return {name: blocks if name == "blocks" else None for name in params}
 
 
+def are_matrices(params: Any) -> Any:
+    """Whether each leaf is a stack of such matrices: the same tree of Booleans."""
+
+    def named(path, x):
+        del x
+        return path[0].key == "blocks" and path[-1].key != "norm"
+
+    return jax.tree_util.tree_map_with_path(named, params)
+
+
 def loss(params: Any, windows: jax.Array) -> jax.Array:
     """The mean cross-entropy, in nats for each byte, of windows (..., context + 1) of bytes."""
     scores = logits(params, windows[..., :-1])
@@ -167,10 +177,12 @@ class Curve(NamedTuple):
     Attributes:
       train: Loss of each step, the mean over workers, shape (steps,).
       held_out: Loss on held-out text at each evaluation, shape (evaluations,).
+      opt_state: The optimizer's at the end.
     """
 
     train: np.ndarray
     held_out: np.ndarray
+    opt_state: Any = None
 
 
 def cosine(peak: Any, steps: int, warm_up: int = WARM_UP) -> optax.Schedule:
@@ -230,13 +242,13 @@ def trainer(
             return state, (values.mean(1), lax.map(lambda w: loss(state[0], w), held_out).mean())
 
         steps = jnp.arange(shape.steps).reshape(shape.evaluations, -1)
-        _, (values, held) = lax.scan(evaluate, (params, optimizer.init(params)), steps)
-        return values.reshape(-1), held
+        (_, opt_state), (values, held) = lax.scan(evaluate, (params, optimizer.init(params)), steps)
+        return values.reshape(-1), held, opt_state
 
     bytes_, held_out = jnp.asarray(text.train), jnp.asarray(held_out.reshape(8, -1, shape.context + 1))
 
     def run(peak, seed):
-        return Curve(*map(np.asarray, train(np.float32(peak), seed, bytes_, held_out)))
+        return Curve(*jax.device_get(train(np.float32(peak), seed, bytes_, held_out)))
 
     return run
 

@@ -5,7 +5,7 @@ import optax
 import signopt
 
 ALONE = "alone"
-TWO_PROGRAMS = ", two programs"  # the vote and the gradient, from two threads
+TWO_PROGRAMS = ", two programs"  # `on_mesh(hidden=True)`
 NAMES = (
     "float32/1/1/0",
     "one_bit/1/1/0",
@@ -33,23 +33,21 @@ def optimizer(way: str, axis_name: str, workers: int) -> optax.GradientTransform
         return signopt.signum(_RATE, axis_name=axis_name, num_workers=workers, wire="one_bit")
     if way == "float32/1/1/0":
         return optax.chain(signopt.mean(axis_name), optax.sgd(_RATE, momentum=0.9))
-    _, every, fragments, delay = way.split("/")
-    inner, outer = pair(way, axis_name)
-    return signopt.local_steps(
-        inner, outer, every=int(every), fragments=int(fragments), delay=int(delay), num_workers=workers
-    )
-
-
-def pair(way: str, axis_name: str) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
-    """What a worker steps with, and what they exchange by."""
-    wire = way.partition("/")[0]
+    wire, every, fragments, delay = way.split("/")
     borders = {
         "float32": lambda: signopt.mean(axis_name),
         "one_bit": lambda: signopt.majority_vote(axis_name, wire="one_bit"),
         "sized": lambda: signopt.majority_vote(axis_name, wire="one_bit", block=256),
     }
     outer = optax.scale_by_learning_rate(_RATE) if wire == "one_bit" else optax.sgd(0.7, 0.5, nesterov=True)
-    return signopt.signum(_RATE), optax.chain(borders[wire](), outer)
+    return signopt.local_steps(
+        signopt.signum(_RATE),
+        optax.chain(borders[wire](), outer),
+        every=int(every),
+        fragments=int(fragments),
+        delay=int(delay),
+        num_workers=workers,
+    )
 
 
 def modelled(way: str) -> str:

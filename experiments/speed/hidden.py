@@ -4,7 +4,7 @@ A byte transformer on 2 and on 4 hosts, whose links are slow as in `slow_network
 with few of them traffic outweighs computation. Votes travel at once, one step late while each worker goes on
 (`signopt.local_steps(every=1, delay=1)`), in fragments of which one travels in each step, or once in 16 steps. Nothing that
 exchanges can be faster than the longer of computation and traffic. XLA on CPUs runs the collectives of one program in turn with
-its other work, so a late vote costs there what a vote costs; two programs of two threads do overlap. Times are compared
+its other work, so a late vote costs there what a vote costs; two programs do overlap (`on_mesh(hidden=True)`). Times are compared
 with the cost model, for the link and the computation that are measured beside them, as `python -m signopt advise` does. No
 figure of a paper.
 
@@ -32,7 +32,6 @@ from experiments.common.flags import flag
 from experiments.common.records import Record
 from experiments.speed import cost
 from signopt._tools import exchanges
-from signopt._tools import links
 
 NEAR = 0.15  # an error of the model that is small
 
@@ -139,11 +138,11 @@ def cases(records: list[Record]) -> list[Case]:
         size = turns[0]["parameters"]
         wire, schedule = cost.named(ways.modelled(way))
         link = of_links[*place]
-        joined = links.Links(*(exchanges.Cluster(**link[name]) for name in links.Links._fields))
+        dealt = wire in exchanges.PLANES or wire in exchanges.CODED
         predicted = exchanges.step_seconds(
             size,
             wire,
-            joined.of(wire),
+            exchanges.Cluster(**link["deals" if dealt else "sums"]),
             exchanges.Rates(**link["rates"]),
             compute_seconds=compute,
             overlaps=ways.overlaps(way),

@@ -7,6 +7,7 @@ time on three networks by the model of the experiment `cost`. Muon for signs: 26
     python -m experiments language
     python -m experiments language --tune --methods sign_muon,muon
     python -m experiments language --steps 2048 --seeds 1
+    python -m experiments language --tune --methods adamw,onebit_adam,adamw_signs,muon_signs
     python -m experiments language --text book.txt --layers 6 --width 256 --context 256
 
 Time and numbers to expect are in experiments/README.md.
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator
 import dataclasses
 import pathlib
 import statistics
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -28,77 +29,19 @@ from experiments.common import progress
 from experiments.common import text as texts
 from experiments.common.flags import flag
 from experiments.common.records import Record
+from experiments.training import methods
 import signopt
 from signopt._tools import exchanges
 
 AXIS = texts.AXIS
 GIGABITS = (0.1, 1.0, 10.0)
-# AdamW's rates of embeddings over those of the rest, and its norm of a clipped gradient: what its users do.
-EMBEDDINGS, CLIP = 4.0, 1.0
-
-
-class Method(NamedTuple):
-    """How to train.
-
-    Attributes:
-      make: From a schedule and a `Config` to an optimizer over `AXIS`.
-      learning_rate: The peak of its schedule by the rule of `tuned` but for sgd and lion; None if it has none.
-      votes: Whether it votes; if not, it averages gradients in float32.
-    """
-
-    make: Callable[[optax.Schedule, "Config"], optax.GradientTransformation]
-    learning_rate: float | None
-    votes: bool = True
-
-
-def _mean(tx):
-    return optax.chain(signopt.mean(AXIS), tx)
-
-
-def _adamw(schedule, config):
-    del config
-
-    def names(params):
-        return {name: "embeddings" if name in ("embed", "position") else "rest" for name in params}
-
-    faster = optax.partition({"embeddings": optax.scale(EMBEDDINGS), "rest": optax.identity()}, names)
-    return _mean(optax.chain(optax.clip_by_global_norm(CLIP), optax.adamw(schedule, b2=0.95, weight_decay=0.0), faster))
-
-
-def _sgd(schedule, config):
-    del config
-    return _mean(optax.chain(optax.clip_by_global_norm(CLIP), optax.sgd(schedule, momentum=0.9)))
-
-
-def _muon(schedule, config):
-    del config
-    return _mean(optax.contrib.muon(schedule, adam_b2=0.95, muon_weight_dimension_numbers=texts.matrices))
-
-
-def _voting(config):
-    return {"axis_name": AXIS, "num_workers": config.workers, "wire": config.wire}
-
-
-def _sign_muon(schedule, config):
-    return signopt.sign_muon(schedule, muon_weight_dimension_numbers=texts.matrices, **_voting(config))
-
-
-METHODS = {
-    "sgd": Method(_sgd, 0.5, votes=False),
-    "adamw": Method(_adamw, 8e-3, votes=False),
-    "muon": Method(_muon, 3.2e-2, votes=False),
-    "signum": Method(lambda schedule, config: signopt.signum(schedule, 0.95, **_voting(config)), 1e-3),
-    "lion": Method(lambda schedule, config: signopt.lion(schedule, weight_decay=0.0, **_voting(config)), 2e-3),
-    "mh_signsgd": Method(lambda schedule, config: signopt.mh_signsgd(**_voting(config)), None),
-    "sign_muon": Method(_sign_muon, 4e-3),
-}
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """The flags."""
 
-    methods: tuple[str, ...] = flag(tuple(METHODS), "what to compare", choices=tuple(METHODS))
+    methods: tuple[str, ...] = flag(tuple(methods.FIRST), "what to compare", choices=tuple(methods.METHODS))
     learning_rates: tuple[float, ...] = flag((), "peaks to try; each method's own if empty", at_least=0)
     tune: bool = flag(False, "first find each method's learning rate on held-out training text")
     tuning_steps: int = flag(256, "training steps of that", at_least=1)
@@ -139,7 +82,7 @@ def run(config: Config) -> Iterator[Record]:
         "crc": found.crc(),
     }
     for name in progress.track(config.methods, "methods"):
-        method = METHODS[name]
+        method = methods.METHODS[name]
 
         def make(schedule, method=method):
             return method.make(schedule, config)
@@ -154,10 +97,10 @@ def run(config: Config) -> Iterator[Record]:
                 yield {"kind": "tune", "method": name, "learning_rate": rate, "loss": loss}
             rates = (_best(tried),)
         train = texts.trainer(make, shape)
-        sent = signopt.wire.bytes_sent(params, config.workers, config.wire if method.votes else "mean")
         for rate in rates:
             for seed in range(config.seeds):
                 curve = train(0.0 if rate is None else rate, seed)
+                sent = bytes_per_step(method, config, params, curve.opt_state)
                 yield {
                     "kind": "run",
                     "method": name,
@@ -167,6 +110,19 @@ def run(config: Config) -> Iterator[Record]:
                     "train": [round(float(x), 5) for x in curve.train.reshape(config.evaluations, -1).mean(1)],
                     "held_out": [round(float(x), 5) for x in curve.held_out],
                 }
+
+
+def bytes_per_step(method: methods.Method, config: Config, params: Any, opt_state: Any) -> float:
+    """What a worker sends in a step, on average over a training that ended with this state."""
+
+    def sent(tx):
+        return signopt.wire.bytes_sent(params, config.workers, tx, axis_name=AXIS)
+
+    first = sent(method.make(lambda count: 1.0, config))
+    if method.settled is None:
+        return first
+    early = int(optax.tree.get(opt_state, "settled_at")) or config.steps
+    return (early * first + (config.steps - early) * sent(method.settled(config))) / config.steps
 
 
 def tuned(loss: Callable[[float], float], start: float) -> Iterator[tuple[float, float]]:
@@ -232,7 +188,7 @@ def seconds_per_step(config: Record, parameters: int, name: str, gigabits: float
     """Of a step of one method, by the cost model."""
     cluster = exchanges.Cluster(config["workers"], 1e9 * gigabits, 1e-6 * config["latency_us"], 0.0)
     voted = "int8" if config["wire"] == "psum" else config["wire"]
-    wire = voted if METHODS[name].votes else "float32"
+    wire = methods.METHODS[name].wire or voted
     compute = 1e-3 * config["step_ms"]
     if config["workers"] == 1:
         return compute

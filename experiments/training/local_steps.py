@@ -8,6 +8,7 @@ in float32.
     python -m experiments local_steps
     python -m experiments local_steps --tune --runs muon/vote/16/1/0,adamw/mean/16/1/0
     python -m experiments local_steps --steps 2048 --seeds 1
+    python -m experiments local_steps --tune --runs muon/vote/16/1/0 --outer_rates 0.5,0.7,1 --outer_momenta 0,0.5,0.9
 
 A run is the inner optimizer, the border, `every`, `fragments` and `delay` of `signopt.local_steps`. Time and numbers to expect
 are in experiments/README.md.
@@ -15,6 +16,7 @@ are in experiments/README.md.
 
 from collections.abc import Callable, Iterator
 import dataclasses
+import itertools
 import pathlib
 import statistics
 from typing import Any, NamedTuple
@@ -29,9 +31,11 @@ from experiments.common import text as texts
 from experiments.common.flags import flag
 from experiments.common.records import Record
 from experiments.training import language
+from experiments.training import methods
 import signopt
 
 AXIS = texts.AXIS
+HEAD = ("inner", "border", "every", "fragments", "delay", "outer rate, momentum")
 BLOCK = 256  # entries that share a scale
 RUNS = (
     "sign_muon/sign/1/1/0",
@@ -46,6 +50,7 @@ RUNS = (
     "muon/ef2/16/16/1",
     "muon/ef2/4/4/1",
     "muon/vote/64/1/0",
+    "adamw/mean/1/1/0",
     "adamw/mean/16/1/0",
 )
 
@@ -96,7 +101,8 @@ def _muon(schedule):
 
 
 def _adamw(schedule):
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95, weight_decay=0.0))
+    clip = optax.clip_by_global_norm(methods.CLIP)
+    return optax.chain(clip, optax.adamw(schedule, b2=0.95, weight_decay=0.0), methods.embeddings_faster())
 
 
 def _sign_muon(schedule):
@@ -137,8 +143,8 @@ class Config:
     runs: tuple[str, ...] = flag(RUNS, "what to compare: inner/border/every/fragments/delay")
     tune: bool = flag(False, "first find each run's inner learning rate on held-out training text")
     tuning_steps: int = flag(512, "training steps of that", at_least=1)
-    outer_rate: float = flag(0.7, "of the outer SGD, where workers exchange more than one step of theirs", at_least=0)
-    outer_momentum: float = flag(0.5, "of the same", at_least=0)
+    outer_rates: tuple[float, ...] = flag((0.7,), "of the outer SGD, where a round has more than one step", at_least=0)
+    outer_momenta: tuple[float, ...] = flag((0.5,), "of the same", at_least=0)
     nesterov: bool = flag(True, "let that momentum be Nesterov's")
     workers: int = flag(4, "number of workers", at_least=1)
     batch_size: int = flag(8, "sequences per worker and step", at_least=1)
@@ -158,15 +164,22 @@ class Config:
         return texts.Shape(**own, file=self.text)
 
 
-def optimizer(run: Run, config: Config, schedule: optax.Schedule) -> optax.GradientTransformation:
+def outers(run: Run, config: Config) -> list[tuple[float, float]]:
+    """The rates and momenta of an outer SGD to try: those of the flags where a round has more than one step."""
+    if run.border == "sign" or run.every == 1:
+        return [(1.0, 0.0)]
+    return list(itertools.product(config.outer_rates, config.outer_momenta))
+
+
+def optimizer(
+    run: Run, config: Config, schedule: optax.Schedule, outer_rate: float, outer_momentum: float
+) -> optax.GradientTransformation:
     """The chain that a run trains with: the outer step is as large as what was exchanged, or as the inner schedule."""
     border = BORDERS[run.border](config.workers)
     if run.border == "sign":  # a vote has no size
         outer = optax.scale_by_learning_rate(schedule)
-    elif run.every == 1:
-        outer = optax.sgd(1.0)
     else:
-        outer = optax.sgd(config.outer_rate, momentum=config.outer_momentum, nesterov=config.nesterov)
+        outer = optax.sgd(outer_rate, momentum=outer_momentum or None, nesterov=config.nesterov)
     return signopt.local_steps(
         INNERS[run.inner].make(schedule),
         optax.chain(border, outer),
@@ -179,9 +192,10 @@ def optimizer(run: Run, config: Config, schedule: optax.Schedule) -> optax.Gradi
 
 def bits(run: Run, config: Config, params: Any) -> float:
     """What a worker sends per parameter and step, on average over a round."""
+    # Of one exchange, of which there are `fragments` in a round.
     sent = signopt.wire.bytes_sent(
-        params, config.workers, optimizer(run, config, lambda count: 1.0), axis_name=AXIS
-    )  # of one exchange, of which there are `fragments` in a round
+        params, config.workers, optimizer(run, config, lambda count: 1.0, *outers(run, config)[0]), axis_name=AXIS
+    )
     return 8 * sent * run.fragments / run.every / sum(x.size for x in jax.tree.leaves(params))
 
 
@@ -199,12 +213,13 @@ def run(config: Config) -> Iterator[Record]:
         "parameters": sum(x.size for x in jax.tree.leaves(params)),
         "crc": texts.load(config.text).crc(),
     }
-    for name in progress.track(runs, "runs"):
-        one = runs[name]
+    todo = [(name, outer) for name, one in runs.items() for outer in outers(one, config)]
+    for name, outer in progress.track(todo, "runs"):
+        one, named_so = runs[name], {"run": name, "outer_rate": outer[0], "outer_momentum": outer[1]}
 
-        def trainer(split, shape, one=one):
+        def trainer(split, shape, one=one, outer=outer):
             def make(schedule):
-                return optimizer(one, config, schedule)
+                return optimizer(one, config, schedule, *outer)
 
             return texts.trainer(make, shape, split=split, gradient_at=signopt.local_params)
 
@@ -213,14 +228,14 @@ def run(config: Config) -> Iterator[Record]:
             held_out, tried = trainer("tune", shape._replace(steps=config.tuning_steps, evaluations=1)), {}
             for peak, loss in language.tuned(lambda peak, train=held_out: float(train(peak, 0).held_out[-1]), rate):
                 tried[peak] = loss
-                yield {"kind": "tune", "run": name, "learning_rate": peak, "loss": loss}
+                yield {"kind": "tune"} | named_so | {"learning_rate": peak, "loss": loss}
             rate = min(tried, key=lambda peak: tried[peak])
         train, sent = trainer("validate", shape), bits(one, config, params)
         for seed in range(config.seeds):
             curve = train(rate, seed)
             yield {
                 "kind": "run",
-                "run": name,
+                **named_so,
                 "learning_rate": rate,
                 "seed": seed,
                 "bits": round(sent, 4),
@@ -229,13 +244,21 @@ def run(config: Config) -> Iterator[Record]:
             }
 
 
-def ended(records: list[Record]) -> dict[str, list[Record]]:
-    """The trainings of each run, in the order of seeds."""
+def ended(records: list[Record]) -> dict[tuple[str, float, float], list[Record]]:
+    """The trainings of each run and outer optimizer, in the order of seeds."""
     found = {}
     for record in records[1:]:
         if record["kind"] == "run":
-            found.setdefault(record["run"], []).append(record)
+            found.setdefault(_of(record), []).append(record)
     return found
+
+
+def _of(record):
+    return record["run"], record["outer_rate"], record["outer_momentum"]
+
+
+def _head(name, outer_rate, outer_momentum):
+    return [*map(str, named(name)), f"{outer_rate:g}, {outer_momentum:g}"]
 
 
 def table(records: list[Record]) -> rich.table.Table:
@@ -244,23 +267,14 @@ def table(records: list[Record]) -> rich.table.Table:
     drawn = rich.table.Table(
         title=f"{shape['parameters']:,} parameters, {config['workers']} workers, {config['steps']} steps; nats per byte"
     )
-    columns = (
-        "inner",
-        "border",
-        "every",
-        "fragments",
-        "delay",
-        "rate",
-        "bits per parameter and step",
-        "loss of each seed",
-    )
-    for column in (*columns, "mean", "tried"):
+    columns = (*HEAD, "rate", "bits per parameter and step", "loss of each seed", "mean", "tried")
+    for column in columns:
         drawn.add_column(column, justify="left" if column in ("inner", "border") else "right")
-    for name, runs in ended(records).items():
-        tried = [r for r in records[1:] if r["kind"] == "tune" and r["run"] == name]
+    for key, runs in ended(records).items():
+        tried = [r for r in records[1:] if r["kind"] == "tune" and _of(r) == key]
         losses = [r["held_out"][-1] for r in runs]
         drawn.add_row(
-            *map(str, named(name)),
+            *_head(*key),
             f"{runs[0]['learning_rate']:g}",
             f"{runs[0]['bits']:.3f}",
             " ".join(f"{x:.3f}" for x in losses),
@@ -272,21 +286,11 @@ def table(records: list[Record]) -> rich.table.Table:
 
 def summary(records: list[Record]) -> list[list[str]]:
     """The loss at the end, and what a worker sends."""
-    rows = [
-        [
-            "inner",
-            "border",
-            "every",
-            "fragments",
-            "delay",
-            "bits per parameter and step",
-            "held-out loss, nats per byte",
-        ]
-    ]
-    for name, runs in ended(records).items():
+    rows = [[*HEAD, "bits per parameter and step", "held-out loss, nats per byte"]]
+    for key, runs in ended(records).items():
         losses = [r["held_out"][-1] for r in runs]
         spread = f" ± {statistics.stdev(losses):.3f}" if len(losses) > 1 else ""
-        rows.append([*map(str, named(name)), f"{runs[0]['bits']:.3f}", f"{statistics.mean(losses):.3f}{spread}"])
+        rows.append([*_head(*key), f"{runs[0]['bits']:.3f}", f"{statistics.mean(losses):.3f}{spread}"])
     return rows
 
 
@@ -297,7 +301,7 @@ def plot(records: list[Record], folder: str) -> list[pathlib.Path]:
       The figures' files.
     """
     config, lines = records[0]["config"], {}
-    for name, runs in ended(records).items():
+    for (name, *_), runs in ended(records).items():
         one = named(name)
         way = ("in parts" if one.fragments > 1 else "whole") + (", late" if one.delay else "")
         point = runs[0]["bits"], [r["held_out"][-1] for r in runs], one.every

@@ -208,7 +208,7 @@ def ranked(rows: list[dict[str, Any]], tolerance: float) -> list[dict[str, Any]]
         return row["percent"] is None or row["percent"] > tolerance
 
     found = sorted(rows, key=lambda row: (costs_too_much(row), row["seconds"]))
-    found = [row | {"beyond": costs_too_much(row)} for row in found]
+    found: list[dict[str, Any]] = [row | {"beyond": costs_too_much(row)} for row in found]
     means = [row for row in found if row["name"].startswith(choices.NOTHING) and not costs_too_much(row)]
     if means and means[0]["seconds"] <= WORTH * found[0]["seconds"]:
         found.remove(means[0])

@@ -35,7 +35,7 @@ class Work(NamedTuple):
     updates: tuple[float, ...]
 
 
-def seconds(problem: problems.Problem, devices: Sequence[jax.Device], gradient: Callable[[], Any], rounds: int) -> Work:
+def seconds(problem: problems.Problem, devices: Sequence[Any], gradient: Callable[[], Any], rounds: int) -> Work:
     """Time the gradient, and each of `choices.CHOICES`. Every process has to call it.
 
     Args:
@@ -69,7 +69,7 @@ def seconds(problem: problems.Problem, devices: Sequence[jax.Device], gradient: 
     return Work(alone, tuple(updates))
 
 
-def gradient(problem: problems.Problem, devices: Sequence[jax.Device]) -> Callable[[], Any]:
+def gradient(problem: problems.Problem, devices: Sequence[Any]) -> Callable[[], Any]:
     """A function of nothing that takes a gradient on each device, of a mini-batch of its own."""
     mesh = _mesh(devices)
     count = mesh.shape[_APART]

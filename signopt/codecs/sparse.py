@@ -10,6 +10,11 @@ from signopt import _check
 from signopt.codecs import codec as _codec
 from signopt.codecs.codec import Codec
 
+_COUNTED = 1 << 15  # entries from which on counting is faster than sorting
+_SAMPLE = 64  # one entry in so many
+_WORD = 32
+_INFINITY = 0x7F800000  # the bits of it
+
 
 def top_k(share: float, *, block: int | None = None, values: Codec | None = None) -> Codec:
     r"""The entries of largest magnitude.
@@ -33,8 +38,9 @@ def top_k(share: float, *, block: int | None = None, values: Codec | None = None
     normal times 1, .1, ... 1e-7          .6217      .6227         .6023
     ====================================  =========  ============  ============
 
-    (a block of 256 sends 3 entries, which are 1.17 %, and one of 4096 sends 41, which are 1.001 %). On a CPU blocks of 256
-    take a third to a half of the time of the whole row.
+    (a block of 256 sends 3 entries, which are 1.17 %, and one of 4096 sends 41, which are 1.001 %). The largest of a whole
+    row of 32,768 entries or more are found by counting those above a threshold, which is moved until the number is right.
+    On a CPU that takes less than half the time of blocks of 4096.
 
     Zeros that fill up a row are sent last.
 
@@ -62,8 +68,15 @@ def top_k(share: float, *, block: int | None = None, values: Codec | None = None
     def chosen(x):
         """The places of what is sent, in their blocks, and in the row."""
         grid = _grid(x.shape[0], block)
-        parts = jnp.pad(jnp.abs(x), (0, math.prod(grid) - x.shape[0])).reshape(grid).transpose(2, 1, 0)
-        _, places = lax.top_k(parts.reshape(grid[2], -1), _number_in(grid, x))
+        each = _number_in(grid, x)
+        if block is None and x.shape[0] >= max(_COUNTED, 8 * each):
+            places = _counted(x, each, *grid[:2])
+            if values is not None:  # neighbours in size may share a scale
+                places = places[lax.top_k(jnp.abs(take(x, _in_row(places[None], grid))), each)[1]]
+            places = places[None]
+        else:
+            parts = jnp.pad(jnp.abs(x), (0, math.prod(grid) - x.shape[0])).reshape(grid).transpose(2, 1, 0)
+            _, places = lax.top_k(parts.reshape(grid[2], -1), each)
         return places.reshape(-1), _in_row(places, grid)
 
     def take(x, places):
@@ -187,6 +200,125 @@ def _grid(n, block):
     size = -(-n // number)
     rows = math.isqrt(max(size - 1, 0)) + 1
     return rows, -(-size // rows), number
+
+
+def _counted(x, number, rows, columns):
+    """The places, in the order of reading, of the largest magnitudes, found by counting instead of sorting.
+
+    The bits of floats >= 0 are ordered as the floats are. Of equal magnitudes the first places are taken, as by a sort.
+    """
+    high, group = -(-rows // _WORD), _WORD * columns
+    bits = lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
+    full = x.shape[0] // group * group
+    zeros = jnp.zeros(rows * columns - x.shape[0], jnp.int32)
+    never = jnp.full(high * group - rows * columns, -1, jnp.int32)
+    # What has to be filled up apart: each reader of it would compute it again.
+    parts = [bits[:full], jnp.concatenate([bits[full:], zeros, never])]
+    parts = [part.reshape(-1, _WORD, columns) for part in parts if part.size]
+    low, above = _threshold(parts, bits[::_SAMPLE], number)
+    # A bit for each entry, in words of 32 rows: those above first, then those of the threshold's size. Nothing is
+    # transposed, which a CPU is slow at: a count of each column, and one within it, keep the order of reading.
+    words = jnp.stack([_words(parts, lambda x: x >= above), _words(parts, lambda x: (x >= low) & (x < above))])
+    ones = lax.population_count(words).astype(jnp.int32)
+    ends = jnp.cumsum(jnp.sum(ones, axis=1, dtype=jnp.int32).reshape(-1))
+    within = jnp.cumsum(ones, axis=1)
+    rank = jnp.arange(number, dtype=jnp.int32)
+    column = _first_above(rank, 2 * columns, lambda i: ends[i])
+    half, place = jnp.divmod(column, columns)
+    rank = rank - jnp.where(column > 0, ends[column - 1], jnp.zeros_like(column))
+    group = _first_above(rank, high, lambda i: within[half, i, place])
+    rank = rank - jnp.where(group > 0, within[half, group - 1, place], jnp.zeros_like(group))
+    return place * rows + group * _WORD + _bit(words[half, group, place], rank)
+
+
+def _first_above(rank, size, count):
+    """The first of `size` places whose count is above a rank; counts grow, and the last is."""
+    found = jnp.zeros_like(rank)
+    for i in reversed(range((size - 1).bit_length())):
+        further = found + (1 << i)
+        found = jnp.where((further < size) & (count(jnp.minimum(further, size) - 1) <= rank), further, found)
+    return found
+
+
+def _bit(word, rank):
+    """Which bit of a word is a one that has `rank` ones below it."""
+    found = jnp.zeros_like(rank)
+    for i in (16, 8, 4, 2, 1):
+        below = lax.population_count(word & jnp.uint32((1 << i) - 1)).astype(jnp.int32)
+        is_above = rank >= below
+        rank = jnp.where(is_above, rank - below, rank)
+        word = jnp.where(is_above, word >> jnp.uint32(i), word)
+        found = jnp.where(is_above, found + i, found)
+    return found
+
+
+def _words(parts, test):
+    """What a test says of parts (any, 32, columns), as words (high, columns)."""
+    return jnp.concatenate([_words_of(part, test) for part in parts])
+
+
+def _words_of(part, test):
+    words = [test(part[:, i]).astype(jnp.uint32) << jnp.uint32(i) for i in range(_WORD)]
+    while len(words) > 1:
+        words = [a | b for a, b in zip(words[::2], words[1::2], strict=True)]
+    return words[0]
+
+
+def _threshold(parts, sample, number):
+    """(low, above): at least `number` entries of parts (any, 32, columns) are >= low, and fewer are >= above.
+
+    Either low and above are neighbours, or exactly `number` are >= low. A sample says where to look.
+    """
+    middle = number / _SAMPLE
+    spread = 4 * math.sqrt(middle) + 4
+    zero = sample[0] ^ sample[0]  # varies over the axes that x varies over, which a constant does not
+    low, above = zero, zero + _INFINITY
+    if number > _SAMPLE:
+        fewest, most = max(1, math.floor(middle - spread)), min(math.ceil(middle + spread), sample.shape[0])
+        low, above = _between(_ones, [sample], most, low, above)[0], _between(_ones, [sample], fewest, low, above)[1]
+    return _between(_ones_by_words, parts, number, low, above)
+
+
+def _ones(tests):
+    return jnp.sum(tests, dtype=jnp.int32)
+
+
+def _ones_by_words(tests):
+    """The same of (any, 32, columns), in one pass; XLA on CPUs takes several for a sum of everything."""
+    counts = [tests[:, i].astype(jnp.int32) for i in range(_WORD)]
+    while len(counts) > 1:
+        counts = [a + b for a, b in zip(counts[::2], counts[1::2], strict=True)]
+    return jnp.sum(counts[0], dtype=jnp.int32)
+
+
+def _between(ones, parts, number, *guesses):
+    """`_threshold`, with two guesses that may be wrong."""
+    size = sum(part.size for part in parts)
+
+    def go_on(state):
+        low, above, at_low, _, _ = state
+        return (above - low > 1) & (at_low > number)
+
+    def step(state):
+        low, above, at_low, at_above, i = state
+        share = (at_low - number).astype(jnp.float32) / jnp.maximum(at_low - at_above, 1).astype(jnp.float32)
+        guess = low + (share * (above - low).astype(jnp.float32)).astype(jnp.int32)
+        middle = jnp.where(i % 3 == 1, low + (above - low) // 2, guess)  # guesses alone may crawl
+        middle = jnp.where(i == 0, guesses[0], jnp.where(i == 1, guesses[1], middle))
+        middle = jnp.clip(middle, low + 1, above - 1)
+        found = sum((ones(part >= middle) for part in parts[1:]), ones(parts[0] >= middle))
+        enough = found >= number
+        return (
+            jnp.where(enough, middle, low),
+            jnp.where(enough, above, middle),
+            jnp.where(enough, found, at_low),
+            jnp.where(enough, at_above, found),
+            i + 1,
+        )
+
+    zero = guesses[0] ^ guesses[0]
+    low, above, *_ = lax.while_loop(go_on, step, (zero, zero + _INFINITY, zero + size, zero, zero))
+    return low, above
 
 
 def _in_row(places, grid):

@@ -66,7 +66,7 @@ def settled(fun: Callable, unwanted: Callable[[list[Any]], list[Any]]) -> Callab
     def wrapped(*args, **kwargs):
         closed, shape = jax.make_jaxpr(fun, return_shape=True)(*args, **kwargs)
         known = _evaluate(closed.jaxpr, closed.consts, jax.tree.leaves((args, kwargs)))
-        results = [_read(known, v) for v in closed.jaxpr.outvars]
+        results = [read(known, v) for v in closed.jaxpr.outvars]
         anew = {v: x for v, x in known.items() if not _axis.varying(x)}
         for i, wrong in enumerate(unwanted(results)):
             if wrong:
@@ -85,7 +85,7 @@ def _evaluate(jaxpr: Jaxpr, consts: list[Any], args: list[Any]) -> dict[Any, Any
     """The value of every variable."""
     known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
     for eqn in jaxpr.eqns:
-        known |= zip(eqn.outvars, _bind(eqn, [_read(known, v) for v in eqn.invars]), strict=True)
+        known |= zip(eqn.outvars, bind(eqn, [read(known, v) for v in eqn.invars]), strict=True)
     return known
 
 
@@ -101,21 +101,21 @@ def _compute(jaxpr: Jaxpr, known: dict[Any, Any], wanted: Any) -> Any:
         if v not in makers:
             raise _DependsOnTheWorkerError
         eqn = makers[v]
-        inner = _body(eqn)
+        inner = called_by(eqn)
         if inner is not None:
             known[v] = _compute_call(eqn, inner, functools.partial(_compute, jaxpr, known), v)
             continue
         if missing := [u for u in eqn.invars if not isinstance(u, Literal) and u not in known]:
             stack += missing
             continue
-        values = [_read(known, u) for u in eqn.invars]
+        values = [read(known, u) for u in eqn.invars]
         if eqn.primitive.name in _CASTS:
             known[v] = values[0]
         elif eqn.effects or _names_axes(eqn):
             raise _DependsOnTheWorkerError
         else:
-            known |= zip(eqn.outvars, _bind(eqn, values), strict=True)
-    return _read(known, wanted)
+            known |= zip(eqn.outvars, bind(eqn, values), strict=True)
+    return read(known, wanted)
 
 
 def _compute_call(eqn, inner, outside, wanted):
@@ -135,12 +135,17 @@ def _compute_call(eqn, inner, outside, wanted):
     return _compute(body, known, body.outvars[eqn.outvars.index(wanted)])
 
 
-def _body(eqn):
+def called_by(eqn):
     """The program that an equation calls, and its constants, if it is nothing but a call."""
     if eqn.primitive.name not in _CALLS:
         return None
     found = next(eqn.params[name] for name in ("jaxpr", "call_jaxpr", "fun_jaxpr") if name in eqn.params)
-    return (found, []) if isinstance(found, Jaxpr) else (found.jaxpr, found.consts)
+    return opened(found)
+
+
+def opened(program: Any) -> tuple[Jaxpr, list[Any]]:
+    """A program and the constants that it holds: in jax 0.12 any program may hold some, before only a closed one."""
+    return getattr(program, "jaxpr", program), getattr(program, "consts", [])
 
 
 def _names_axes(eqn):
@@ -151,11 +156,11 @@ def _names_axes(eqn):
     return any(isinstance(x, Jaxpr) or hasattr(x, "jaxpr") for x in jax.tree.leaves(list(eqn.params.values())))
 
 
-def _bind(eqn, values):
+def bind(eqn, values):
     with eqn.ctx.manager:
         found = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
     return found if eqn.primitive.multiple_results else [found]
 
 
-def _read(known, v):
+def read(known, v):
     return v.val if isinstance(v, Literal) else known[v]

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec
 
 from signopt import _axis
 from signopt import _compat
+from signopt.workers import _hidden
 from signopt.workers import _layout
 from signopt.workers import check
 from signopt.workers._shared import settled
@@ -131,6 +132,7 @@ def on_mesh(
     state_axis_name: _axis.AxisName = None,
     check_vma: bool = True,
     donate: bool = False,
+    hidden: bool = False,
 ) -> Step:
     """Run a step with one worker on each device of a mesh, on one host or many.
 
@@ -144,6 +146,8 @@ def on_mesh(
       check_vma: Let JAX track which values differ between workers, which catches gradients that were reduced before the
         vote and shared state that is not the same everywhere.
       donate: Let the new state take the memory of the old one, which cannot be used afterwards.
+      hidden: On CPUs, run what is exchanged one step late (`delay=1`) while the gradient is computed, as a second program.
+        The results are the same. It needs processes with one device each to save time, and a step outside of `jax.jit`.
 
     Returns:
       A jitted function from the state of all workers and the whole batch to the new state and the metrics of all
@@ -155,8 +159,9 @@ def on_mesh(
 
     Raises:
       TypeError: If `mesh` is no mesh.
-      ValueError: If the mesh has no such axis; when called, if the batch cannot be split, or shared state would differ
-        between workers; on every process, before the first step, if they were not given the same.
+      ValueError: If the mesh has no such axis, or `hidden` cannot be on it; when called, if the batch cannot be split, if
+        shared state would differ between workers, or if with `hidden` the exchange waits for the batch; on every process,
+        before the first step, if they were not given the same.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, signopt
@@ -183,6 +188,9 @@ def on_mesh(
             raise ValueError(
                 f"`on_mesh({caller}=...)` has to name axes of the mesh, which has {mesh.axis_names}, got {group!r}."
             )
+    if hidden:
+        _hidden.check(mesh, names, donate)
+        step = _hidden.flat(step)
     workers = math.prod(mesh.shape[name] for name in names)
     own_workers = math.prod(mesh.shape[name] for name in of_state)
     of_batch = PartitionSpec(names)
@@ -222,6 +230,7 @@ def on_mesh(
             raise _differs(error.path, "on_mesh") from None
 
     compiled = jax.jit(all_workers, donate_argnums=(0,) if donate else ())
+    execute = _hidden.hide(all_workers, mesh) if hidden else compiled
     compared = len({device.process_index for device in mesh.devices.flat}) == 1
 
     @functools.wraps(step)
@@ -229,6 +238,11 @@ def on_mesh(
         nonlocal compared
         of_state_now, of_batch_now = jax.tree.leaves(state), jax.tree.leaves(batch)
         if any(issubclass(t, Tracer) for t in {*map(type, of_state_now), *map(type, of_batch_now)}):
+            if hidden:
+                raise ValueError(
+                    "`on_mesh(hidden=...)` has to be False inside of `jax.jit` or `jax.lax.scan`, got True: two programs "
+                    "cannot be parts of one. Call the step outside."
+                )
             return compiled(state, batch)
         if not compared:  # before anything that may fail on one process only
             check.compare_arguments(mesh, "on_mesh", state=state, batch=batch)
@@ -241,7 +255,7 @@ def on_mesh(
         if not compared:
             check.compare_program(mesh, "on_mesh", compiled.lower(state, batch).as_text())
             compared = True
-        return compiled(state, batch)
+        return execute(state, batch)
 
     return run
 
