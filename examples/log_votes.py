@@ -28,7 +28,7 @@ def optimizers() -> dict[str, optax.GradientTransformationExtraArgs]:
     border = signopt.mean("worker", uplink=scaled, downlink=scaled, num_workers=WORKERS, report=True)
     return {
         "vote": signopt.signum(2e-3, axis_name="worker", num_workers=WORKERS, wire="one_bit", report=True),
-        "mean": optax.chain(border, optax.sgd(0.05, momentum=0.9)),
+        "mean": optax.chain(border, optax.sgd(3e-3, momentum=0.9)),
     }
 
 
@@ -65,7 +65,7 @@ def main(folder: str = "runs/log_votes", steps: int = 300) -> dict[str, dict[str
         with SummaryWriter(str(path)) as board, (path / "log.jsonl").open("w") as lines:
             for number in range(1, steps + 1):
                 x = jax.random.normal(jax.random.fold_in(keys[2], number), (128, 16))
-                y = jnp.sin(x @ truth)
+                y = jnp.sin(x @ truth / 4)
                 if number % 50 == 3:
                     x = x.at[0, 0].set(jnp.nan)
                 state, losses = run(state, (x, y))

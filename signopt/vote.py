@@ -158,7 +158,7 @@ def _statistics(counted: Counted, context: borders.Context) -> VoteStatistics:
         margin=(2 * with_majority - on_decided) / ballots,  # votes for less votes against, where a sign won
         agreement=with_majority / jnp.maximum(on_decided, 1),
         lowest_agreement=jnp.min(counted.with_majority / jnp.maximum(counted.on_decided, 1)),
-        abstentions=1 - counted.votes / ballots,
+        abstentions=jnp.maximum(1 - counted.votes / ballots, 0),  # compilers may round it below 0
     )
 
 
