@@ -15,17 +15,9 @@ from experiments.speed import advised
 import figures
 from signopt._tools import choices
 from signopt._tools import problem as problems
+import slow_links
 
 COUNT = len(choices.CHOICES)
-
-
-def reason_not_to():
-    """Why links cannot be made here, or nothing."""
-    try:
-        namespaces.require()
-    except OSError as error:
-        return str(error)
-    return ""
 
 
 def made_up(error=1.0, trained=True):
@@ -88,7 +80,7 @@ def test_1_bit_adam_sends_bits_soon():
 
 @pytest.mark.slow
 def test_the_command_runs_between_hosts_and_the_first_speaks_for_all():
-    if reason := reason_not_to():
+    if reason := slow_links.reason_not_to():
         pytest.skip(reason)
     command = [sys.executable, "-m", "signopt", "advise", "--loss", "experiments.common.losses:mlp", "--distributed"]
     with namespaces.network(2) as network:
@@ -122,7 +114,7 @@ def test_the_command_runs_between_hosts_and_the_first_speaks_for_all():
 
 @pytest.mark.slow
 def test_hosts_ask_for_advice_and_follow_it(tmp_path):
-    if reason := reason_not_to():
+    if reason := slow_links.reason_not_to():
         pytest.skip(reason)
     config = advised.Config(hosts=(2,), megabits=(100.0,), losses=("digits",), rounds=1, output=str(tmp_path))
     path = records.write(config.output, records.header("advised", config), advised.run(config))

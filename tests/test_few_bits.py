@@ -7,25 +7,17 @@ import jax.numpy as jnp
 import pytest
 
 from experiments.common import compressed
-from experiments.common import namespaces
 from experiments.speed.bits import devices as in_one_process
 from experiments.speed.bits import sent
 import signopt
 from signopt import codecs
+import slow_links
 
 M, SIZE = 4, 40_000
 WORDS = 1000  # bits: every array of a message is filled up to a whole word
 
 
-def reason_not_to():
-    try:
-        namespaces.require()
-    except OSError as error:
-        return str(error)
-    return ""
-
-
-REASON = reason_not_to()
+REASON = slow_links.reason_not_to()
 
 
 @pytest.mark.parametrize("name", compressed.NAMES)

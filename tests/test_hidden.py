@@ -5,7 +5,6 @@ import dataclasses
 import jax.numpy as jnp
 import pytest
 
-from experiments.common import namespaces
 from experiments.common import records
 from experiments.common import ways
 from experiments.speed import cost
@@ -13,17 +12,9 @@ from experiments.speed import hidden
 import figures
 import signopt
 from signopt._tools import exchanges
+import slow_links
 
 AXIS = "worker"
-
-
-def reason_not_to():
-    """Why links cannot be made here, or nothing."""
-    try:
-        namespaces.require()
-    except OSError as error:
-        return str(error)
-    return ""
 
 
 @pytest.mark.parametrize("way", (ways.ALONE, *ways.NAMES))
@@ -92,7 +83,7 @@ def test_tables_and_the_figure_need_nothing_but_records(tmp_path):
 
 @pytest.mark.slow
 def test_hosts_step_in_every_way(tmp_path):
-    if reason := reason_not_to():
+    if reason := slow_links.reason_not_to():
         pytest.skip(reason)
     config = hidden.Config(
         hosts=(2,), megabits=(1000.0,), tokens=(4,), width=16, layers=1, rounds=1, steps=16, output=str(tmp_path)

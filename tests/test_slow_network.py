@@ -19,20 +19,12 @@ from experiments.speed import cost
 from experiments.speed import slow_network
 import figures
 from signopt._tools import exchanges
+import slow_links
 
 ROOT = pathlib.Path(command.__file__).parents[1]
 
 
-def reason_not_to():
-    """Why links cannot be made here, or nothing."""
-    try:
-        namespaces.require()
-    except OSError as error:
-        return str(error)
-    return ""
-
-
-REASON = reason_not_to()
+REASON = slow_links.reason_not_to()
 on_links = pytest.mark.skipif(bool(REASON), reason=REASON or "links can be made")
 
 
