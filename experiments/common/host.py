@@ -1,8 +1,8 @@
-"""What runs on each host of `slow_network`, `hidden` and `bits`, timed, with the bytes of its network card.
+"""What runs on each host of `slow_network`, `hidden`, `bits` and `advised`, timed, with the bytes of its network card.
 
     python -m experiments.common.host COORDINATOR HOSTS INDEX
 
-Reads orders from stdin, a JSON object a line with the name of a function below and its arguments, the same on every host,
+Reads orders from stdin, a JSON object a line with a name of `ORDERS` and its arguments, the same on every host,
 and answers each with a JSON line on stdout.
 """
 
@@ -23,13 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments.common import advice
 from experiments.common import compressed
 from experiments.common import data
-from experiments.common import losses
 from experiments.common import models
 from experiments.common import namespaces
 from experiments.common import optimizers
-from experiments.common import pasted
 from experiments.common import swaps
 from experiments.common import text as texts
 from experiments.common import ways
@@ -39,17 +38,11 @@ from signopt import _flat
 from signopt import border
 from signopt import vote
 from signopt import wire
-from signopt._tools import advise as advice
-from signopt._tools import choices
 from signopt._tools import exchanges
-from signopt._tools import gradients
 from signopt._tools import links
-from signopt._tools import problem as problems
-from signopt._tools import work
 
 AXIS = optimizers.AXIS
 PAUSE = 0.01  # seconds between two exchanges
-ROUNDS = 7  # of `advise`, its default
 STEP = 1e-3  # by which a vote moves the values of the next one
 
 
@@ -384,86 +377,6 @@ def _rates():
 
 
 @functools.cache
-def _problem(loss):
-    """A loss, its gradient, what it takes here to compute and to agree without a network, and whether data are alike."""
-    problem, devices = problems.of(losses.OF[loss]()), jax.local_devices()
-    gradient = work.gradient(problem, devices)
-    found = work.seconds(problem, devices, gradient, ROUNDS)
-    return problem, gradient, found, gradients.look(problem, jax.device_count()).alike
-
-
-def advise(loss: str) -> dict[str, Any]:
-    """What `python -m signopt advise --distributed` measures and ranks on all hosts.
-
-    Args:
-      loss: The name of one of `losses.OF`.
-
-    Returns:
-      A row for each choice, the best first, with its rank and its index in `choices.CHOICES`.
-    """
-    problem, gradient, seconds, alike = _problem(loss)
-    count = jax.device_count()
-    own = jax.make_mesh((count,), (links.AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
-    sent = advice.messages(problem, count)
-    rows = advice.predicted(problem, count, sent, links.measured(own, sent, gradient), seconds, alike=alike)
-    rows = advice.ranked([row | {"kind": "advice", "index": i} for i, row in enumerate(rows)], tolerance=2.0)
-    return {"rows": [row | {"rank": rank} for rank, row in enumerate(rows, 1)]}
-
-
-@functools.cache
-def _choice(loss, index):
-    """A function of nothing that makes a step as the lines to paste do, compiled."""
-    problem, choice = problems.of(losses.OF[loss]()), choices.CHOICES[index]
-    optimizer = optax.with_extra_args_support(pasted.optimizer(choice, jax.device_count(), 1e-4))
-    axis = choices.AXIS
-    own = jax.make_mesh((jax.device_count(),), (axis,), axis_types=(jax.sharding.AxisType.Auto,))
-    value_and_grad = signopt.workers.value_and_grad(problem.loss, axis_name=axis)
-
-    def step(state, batch):
-        params, opt_state = state
-        place = signopt.local_params(opt_state, params) if choice.is_local else params
-        value, gradient = value_and_grad(place, jax.tree.map(lambda x: x[0], batch))
-        updates, opt_state = optimizer.update(gradient, opt_state, params)
-        return (optax.apply_updates(params, updates), opt_state), value
-
-    run = signopt.workers.on_mesh(step, own, axis_name=axis, donate=True, check_vma=False)
-    held = [(problem.params, optimizer.init(problem.params))]
-    mine = jax.process_index() % problem.count
-    rows = jax.tree.map(lambda x: np.asarray(x[mine : mine + 1]), problem.batches)
-    split = jax.sharding.NamedSharding(own, jax.P(axis))
-    batch = jax.tree.map(lambda x: jax.make_array_from_process_local_data(split, x), rows)
-
-    def one():
-        held[0], _ = run(held[0], batch)
-        return held[0]
-
-    for _ in range(pasted.SETTLED if choice.then else 1):
-        jax.block_until_ready(one())
-    return one
-
-
-def choice(loss: str, index: int, count: int) -> dict[str, Any]:
-    """Make steps of one of `advise`'s choices back to back.
-
-    Args:
-      loss: The name of one of `losses.OF`.
-      index: Of `choices.CHOICES`.
-      count: How many steps; 0 only compiles.
-
-    Returns:
-      The seconds of one on this host.
-    """
-    meet()
-    one = _choice(loss, index)
-    meet()
-    begin, last = time.perf_counter(), None
-    for _ in range(count):
-        last = one()
-    jax.block_until_ready(last)
-    return {"seconds": (time.perf_counter() - begin) / max(count, 1)}
-
-
-@functools.cache
 def _steps(way, width, layers, tokens):
     """A function of nothing that makes a step of a transformer, compiled, and the number of parameters."""
     shape = texts.Shape(layers=layers, width=width, context=tokens, workers=jax.device_count(), batch_size=1)
@@ -532,8 +445,8 @@ ORDERS = {
     "train": train,
     "link": link,
     "steps": steps,
-    "advise": advise,
-    "choice": choice,
+    "advise": advice.advise,
+    "choice": advice.choice,
 }
 
 
