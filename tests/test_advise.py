@@ -273,7 +273,7 @@ def test_the_command_ranks_choices_for_a_users_loss(monkeypatch, tmp_path, capsy
     cheap = [r["seconds"] for r in rows if r["percent"] is not None and r["percent"] <= 2]
     assert cheap == sorted(cheap) and not rows[0]["name"].startswith(choices.NOTHING)
     said = advise.report([network, look, *rows])
-    assert "Network, as you say: 1 kbit/s." in said
+    assert "Network, as you say: 1 kbit/s, latency 50 us." in said
     assert "their data are alike." in said and f"    {rows[0]['code'].splitlines()[-1]}" in said
     assert choices.NOTHING in said
     third = advise.report([network | {"rank": 3}, look, *rows])

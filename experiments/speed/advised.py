@@ -46,6 +46,7 @@ NEAR, NEAR_BEST = 0.15, 0.10  # an error of a prediction that is small, and a ti
 KEPT = pathlib.Path(__file__).parents[1] / "measured" / "advised" / recorded.FILE
 TURN = 0.2  # seconds, about
 SMOOTH = 10  # steps of which a loss is the mean
+LARGE = 1e9  # stands for a loss that is not finite, in differences of sums
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +177,7 @@ def _curves(loss, workers, choice, config):
         return values.mean(1)
 
     found = np.asarray(jax.jit(lambda rates: lax.map(train, rates))(jnp.float32(_rates(choice, config.rates))))
-    sums = np.cumsum(np.pad(np.where(np.isfinite(found), found, np.inf), ((0, 0), (1, 0))), axis=1)
+    sums = np.cumsum(np.pad(np.where(np.isfinite(found), found, LARGE), ((0, 0), (1, 0))), axis=1)
     smooth = (sums[:, SMOOTH:] - sums[:, :-SMOOTH]) / SMOOTH
     return np.pad(smooth, ((0, 0), (SMOOTH - 1, 0)), constant_values=np.inf)
 

@@ -1,11 +1,10 @@
 """What should my workers send, how often, and when? A ranked table for your loss, workers and network, and lines to paste.
 
-Your gradient is timed, and what each choice does with it on your own tree, on all devices at once and with nobody to exchange
-with. The network is as you say, or the collectives of each choice's program are timed between the devices of all processes. A step
-is the sum. Gradients of your own batches say how dense
-they are, how far workers agree, and whether their data differ: mini-batch i is worker i mod N's; of many processes each has
-those that it loads. What a choice costs in accuracy is what it cost in this project's experiments, which the last column
-names: try it on your own.
+Your gradient is timed, and what each choice does with it on your own tree, on all devices at once, without a network. Then the
+collectives of each choice's program are timed between the devices of all processes, or the network is as you say. A step is
+the sum. Gradients of your own batches say how dense they are, how far workers agree, and whether their data differ:
+mini-batch i is worker i mod N's; of many processes each has those that it loads. What a choice costs in accuracy is what it
+cost in this project's experiments, which the last column names: try it on your own.
 
     python -m signopt advise --loss my_package.my_module:problem --workers 8 --megabits 1000
     python -m signopt advise --loss my_package.my_module:problem --workers 8
@@ -76,6 +75,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         "parameters": problem.size,
         "device": jax.devices()[0].device_kind,
         "rank": options.rank,
+        "latency_seconds": None if mesh is not None else 1e-6 * options.latency_us,
         "bits_per_second": 8 * _bytes(sent[0], workers) / travel[0] if mesh is not None else 1e6 * options.megabits,
     }
     problems.progress("looking at gradients")
@@ -269,7 +269,7 @@ def words(network: dict[str, Any], look: dict[str, Any]) -> list[str]:
     said = [
         f"Network, measured: a float32 mean of all parameters travels at {speed}."
         if network["measured"]
-        else f"Network, as you say: {speed}."
+        else f"Network, as you say: {speed}, latency {1e6 * network['latency_seconds']:g} us."
     ]
     if look["probability"] is None:
         said.append("Too few mini-batches to tell whether workers' data differ; taken to be alike.")
