@@ -86,6 +86,15 @@ def messages(
     """The collectives of one step, an entry for each array that one of them is given; arguments as in `bytes_sent`.
 
     Of the branches of a `lax.cond` it is those that send the most.
+
+    Returns:
+      What each collective is given, in the order of the program.
+
+    Examples:
+      >>> import jax, signopt
+      >>> params = {"w": jax.ShapeDtypeStruct((1000,), "float32")}
+      >>> messages(params, 2, signopt.mean("worker"))
+      [Message(kind='psum', bytes=4000)]
     """
     tx = optax.with_extra_args_support(border)
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(_float.shape(x), jax.numpy.result_type(x)), tree)

@@ -7,7 +7,7 @@ changed, to see whether it earns its place. Those whose names end in `_groups` m
 from collections.abc import Callable
 import dataclasses
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,27 +25,15 @@ EMBEDDINGS, CLIP = 4.0, 1.0
 MATRIX = MuonDimensionNumbers(-2, -1)
 
 
-class Workers(Protocol):
-    """What a method has to know.
-
-    Attributes:
-      workers: Their number.
-      wire: How votes travel.
-    """
-
-    workers: int
-    wire: str
-
-
 @dataclasses.dataclass(frozen=True)
 class Method:
     """How to train.
 
     Attributes:
-      make: From a schedule and what `Workers` says to an optimizer over `AXIS`.
+      make: From a schedule and the flags (`workers`, `wire`) to an optimizer over `AXIS`.
       learning_rate: The peak of a schedule that tuning starts from; None if it finds one itself.
       wire: What the cost model calls its exchange; None for a vote.
-      settled: From what `Workers` says to what is exchanged from the step on that its state calls `settled_at`.
+      settled: From the flags to what is exchanged from the step on that its state calls `settled_at`.
     """
 
     make: Callable[[optax.Schedule, Any], optax.GradientTransformation]
